@@ -1,0 +1,56 @@
+"""Shared by all tests: repeatable random numbers, small images, one tolerance table."""
+import pytest
+import timm
+import torch
+
+import timm_smpconv  # noqa: F401 (registers the models)
+
+MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
+
+# Largest difference allowed, relative to the largest magnitude expected.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def difference(actual, expected):
+    """Largest difference relative to the largest expected magnitude."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def shake_norms(model, seed=0):
+    """Give every BatchNorm of a model statistics and an affine map that are far from the identity, negative too."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            shape = module.running_var.shape
+            with torch.no_grad():
+                module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.2)
+                module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
+                module.weight.copy_((torch.rand(shape, generator=generator) + 0.5))
+                module.weight[::3] *= -1
+                module.bias.copy_(torch.randn(shape, generator=generator) * 0.2)
+    return model
+
+
+def small_model(shake=True, **kwargs):
+    """The same classes at a size that runs in milliseconds, in evaluation mode, its BatchNorms shaken unless told."""
+    torch.manual_seed(0)
+    args = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5), num_classes=10)
+    model = timm.create_model('smpconv_tiny', **dict(args, **kwargs)).eval()
+    return shake_norms(model) if shake else model
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    return small_model()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 96)

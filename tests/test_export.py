@@ -1,0 +1,68 @@
+"""torch.export, TorchScript and ONNX, merged and unmerged, against eager PyTorch; ONNX Runtime runs the ONNX file."""
+import io
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from conftest import TOLERANCE, difference, shake_norms, small_model
+from timm.utils import reparameterize_model
+
+BATCH = torch.export.Dim('batch', min=1, max=64)
+
+
+@pytest.fixture(params=['unmerged', 'merged'])
+def exportable(request):
+    model = small_model()
+    return reparameterize_model(model) if request.param == 'merged' else model
+
+
+def to_onnx(model, image, path):
+    torch.onnx.export(
+        model, (image,), str(path), input_names=['image'], output_names=['logits'], dynamo=True, external_data=False,
+        dynamic_shapes={'x': {0: BATCH}})
+    return onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+
+
+def test_torch_export(exportable, images):
+    program = torch.export.export(exportable, (images,), dynamic_shapes={'x': {0: BATCH}})
+    targets = [n.target for n in program.graph.nodes if n.op == 'call_function']
+    assert targets and all(t.namespace == 'aten' for t in targets if isinstance(t, torch._ops.OpOverload))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    again = torch.export.load(buffer).module()
+    for x in (images, images[:1], torch.randn(5, 3, 64, 96)):
+        assert difference(again(x), exportable(x)) < TOLERANCE[torch.float32]
+
+
+def test_torchscript_file(exportable, images):
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(exportable), buffer)
+    buffer.seek(0)
+    again = torch.jit.load(buffer)
+    for x in (images, torch.randn(1, 3, 33, 50)):
+        assert difference(again(x), exportable(x)) < TOLERANCE[torch.float32]
+
+
+def test_onnx(exportable, images, tmp_path):
+    session = to_onnx(exportable, images, tmp_path / 'm.onnx')
+    graph = onnx.load(tmp_path / 'm.onnx')
+    onnx.checker.check_model(graph)
+    assert {o.domain: o.version for o in graph.opset_import}[''] >= 17
+    assert {n.domain for n in graph.graph.node} <= {''} and not graph.functions
+    for x in (images, images[:1], torch.randn(5, 3, 64, 96)):
+        actual = torch.from_numpy(session.run(None, {'image': x.numpy()})[0])
+        assert difference(actual, exportable(x)) < 1e-4
+
+
+@pytest.mark.parametrize('name', ['smpconv_tiny', 'smpconv_mobile51'])
+def test_onnx_of_the_merged_model(name, tmp_path):
+    model = reparameterize_model(shake_norms(timm.create_model(name, num_classes=20)).eval())
+    x = torch.randn(2, 3, 64, 64)
+    session = to_onnx(model, x, tmp_path / 'm.onnx')
+    assert {n.op_type for n in onnx.load(tmp_path / 'm.onnx').graph.node} <= {
+        'Add', 'Conv', 'Erf', 'Flatten', 'Gelu', 'Gemm', 'GlobalAveragePool', 'Mul', 'ReduceMean', 'Relu', 'Reshape', 'Div'}
+    actual = torch.from_numpy(session.run(None, {'image': x[:1].numpy()})[0])
+    assert difference(actual, model(x[:1])) < 1e-4

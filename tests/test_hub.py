@@ -1,0 +1,55 @@
+"""torch.hub from a plain checkout, and what importing the package does, each in a fresh process."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MODELS
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, cwd):
+    """Run code where the package is not importable by itself."""
+    return subprocess.run([sys.executable, '-I', '-c', code], cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    repo = tmp_path / 'checkout'
+    repo.mkdir()
+    shutil.copy(ROOT / 'hubconf.py', repo)
+    shutil.copytree(ROOT / 'timm_smpconv', repo / 'timm_smpconv', ignore=shutil.ignore_patterns('__pycache__'))
+    return repo
+
+
+def test_hub_loads_from_a_plain_checkout(checkout, tmp_path):
+    code = f'''
+import sys, torch
+repo = {str(checkout)!r}
+model = torch.hub.load(repo, "smpconv_mobile31", source="local", num_classes=5)
+assert sys.modules["timm_smpconv"].__file__.startswith(repo), sys.modules["timm_smpconv"].__file__
+assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+sys.path.insert(0, repo)
+import hubconf  # torch.hub offers every callable of this module
+assert sorted(n for n, f in vars(hubconf).items() if callable(f)) == {sorted(MODELS)!r}
+'''
+    result = python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_is_silent_and_needs_no_triton_nor_gpu():
+    code = f'''
+import sys
+import timm
+before = set(sys.modules)
+sys.path.insert(0, {str(ROOT)!r})
+import timm_smpconv
+assert timm.is_model("smpconv_tiny")
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+assert new == {{"timm_smpconv"}}, new
+'''
+    result = python(code, '/')
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == result.stderr == ''

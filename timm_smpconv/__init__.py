@@ -1,0 +1,7 @@
+"""SMPConv models for timm. Importing this package registers them: `timm.create_model("smpconv_tiny")`."""
+from .checkpoint import CheckpointError as CheckpointError
+from .kernel import SMPKernel as SMPKernel, render_kernel as render_kernel
+from .layers import RepSMPConv2d as RepSMPConv2d, SMPConv2d as SMPConv2d
+from .smpconv import SMPConvNet as SMPConvNet
+
+__version__ = '0.1.0'

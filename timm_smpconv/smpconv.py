@@ -1,0 +1,386 @@
+"""SMPConv: RepLKNet's architecture with large kernels made of self-moving points.
+
+Paper: `SMPConv: Self-moving Point Representations for Continuous Convolution`
+    - https://arxiv.org/abs/2304.02330 (CVPR 2023)
+
+Sources: the paper's appendix 1.2 and 2.1, and `smp_imagenet/models/SMPConv.py` of the authors' code (MIT),
+https://github.com/sangnekim/SMPConv. Written anew for timm.
+
+Shapes: B batch, C channels, H and W height and width.
+"""
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices  # timm gives it no public name
+from timm.utils import reparameterize_model
+
+from .checkpoint import check_fit, checkpoint_filter_fn, read_checkpoint
+from .kernel import SMPKernel
+from .layers import ConvNorm, NormClassifierHead, RepSMPConv2d, fuse_pointwise
+
+__all__ = ['SMPConvNet']
+
+class SMPBlock(nn.Module):
+    """BatchNorm, 1×1 convolution, large kernel, 1×1 convolution, each after its norm; (B, C, H, W) → (B, C, H, W)."""
+
+    def __init__(
+            self,
+            dim: int,
+            kernel_size: int,
+            small_kernel: int = 5,
+            points: Optional[int] = None,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.pw1 = ConvNorm(nn.Conv2d(dim, dim, 1, bias=False, **dd), **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.dwconv = RepSMPConv2d(dim, kernel_size, small_kernel, points, **dd)
+        self.act2 = nn.ReLU(inplace=True)
+        self.pw2 = ConvNorm(nn.Conv2d(dim, dim, 1, bias=False, **dd), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.act1(self.pw1(self.norm(x)))
+        y = self.pw2(self.act2(self.dwconv(y)))
+        return x + self.drop_path(y)
+
+    @torch.no_grad()
+    def fuse(self) -> 'SMPBlock':
+        """A copy of plain convolutions and activations, or this block if it is one already."""
+        if not isinstance(self.dwconv, RepSMPConv2d):
+            return self
+        merged = fuse_pointwise(self)
+        merged.dwconv = self.dwconv.fuse()
+        return merged
+
+
+class FeedForward(nn.Module):
+    """BatchNorm, 1×1 convolution, GELU, 1×1 convolution, each after its norm; (B, C, H, W) → (B, C, H, W)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop_path: float = 0., device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.pw1 = ConvNorm(nn.Conv2d(dim, hidden_dim, 1, bias=False, **dd), **dd)
+        self.act = nn.GELU()
+        self.pw2 = ConvNorm(nn.Conv2d(hidden_dim, dim, 1, bias=False, **dd), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.pw2(self.act(self.pw1(self.norm(x))))
+        return x + self.drop_path(y)
+
+    @torch.no_grad()
+    def fuse(self) -> 'FeedForward':
+        """A copy of plain convolutions and activations, or this block if it is one already."""
+        return fuse_pointwise(self) if isinstance(self.pw1, ConvNorm) else self
+
+
+class SMPStage(nn.Module):
+    """Downsampling by 2 (but in the first stage), then pairs of an SMP block and a feed-forward block.
+
+    (B, in_dim, H, W) → (B, dim, ceil(H / 2), ceil(W / 2)), or (B, dim, H, W) in the first stage.
+    """
+
+    def __init__(
+            self,
+            in_dim: Optional[int],
+            dim: int,
+            kernel_size: int,
+            small_kernel: int,
+            points: int,
+            mlp_ratio: float,
+            drop_path: Sequence[float],
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if in_dim is None else nn.Sequential(
+            _conv_norm_relu(in_dim, dim, 1, **dd),
+            _conv_norm_relu(dim, dim, 3, stride=2, groups=dim, **dd),
+        )
+        blocks = []
+        for rate in drop_path:
+            blocks += [
+                SMPBlock(dim, kernel_size, small_kernel, points, rate, **dd),
+                FeedForward(dim, int(dim * mlp_ratio), rate, **dd),
+            ]
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class SMPConvNet(nn.Module):
+    """(B, in_chans, H, W) with H, W at least 32 → (B, num_classes).
+
+    Args:
+        depths: Pairs of blocks in every stage.
+        dims: Channels of every stage; the stem has the first.
+        kernel_sizes: Large kernel of every stage, odd.
+        small_kernel: Kernel beside the large ones, odd.
+        points: Points of every stage's kernels, at least 1; K * K // points_divisor by default.
+        points_divisor: 4 in tiny and base, 8 in the mobile models.
+        mlp_ratio: Expansion of the feed-forward blocks.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly from 0 over the pairs of blocks.
+        inference_mode: Build the merged architecture, into which a merged checkpoint loads.
+    """
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            depths: Sequence[int] = (2, 2, 8, 2),
+            dims: Sequence[int] = (96, 192, 384, 768),
+            kernel_sizes: Sequence[int] = (31, 29, 27, 13),
+            small_kernel: int = 5,
+            points: Optional[Sequence[int]] = None,
+            points_divisor: int = 4,
+            mlp_ratio: float = 4.,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            inference_mode: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if points is None:
+            points = [k * k // points_divisor for k in kernel_sizes]
+        _check_stages(depths=depths, dims=dims, kernel_sizes=kernel_sizes, points=points)
+        if in_chans < 1:
+            raise ValueError(f'in_chans must be at least 1, got {in_chans}')
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.num_features = self.head_hidden_size = dims[-1]
+
+        dim = dims[0]
+        self.stem = nn.Sequential(
+            _conv_norm_relu(in_chans, dim, 3, stride=2, **dd),
+            _conv_norm_relu(dim, dim, 3, groups=dim, **dd),
+            _conv_norm_relu(dim, dim, 1, **dd),
+            _conv_norm_relu(dim, dim, 3, stride=2, groups=dim, **dd),
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.Sequential(*[
+            SMPStage(
+                dims[i - 1] if i else None, dims[i], kernel_sizes[i], small_kernel, points[i], mlp_ratio, rates[i], **dd)
+            for i in range(4)
+        ])
+        self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2 ** i, module=f'stages.{i}') for i in range(4)]
+        self.head = NormClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.apply(_init_weights)
+        if inference_mode:  # the merged architecture is what merging makes of this one
+            self.eval()
+            reparameterize_model(self, inplace=True)
+            self.train()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the positions and radii; the points' weights do decay."""
+        return {
+            f'{name}.{which}' for name, module in self.named_modules() if isinstance(module, SMPKernel)
+            for which in ('coords', 'radius')}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^head\.norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Put in place a new classifier (none for 0), and another pooling ('' for none) if given."""
+        like = self.stem[0].conv.weight
+        self.head.reset(num_classes, global_pool, device=like.device, dtype=like.dtype)
+        self.num_classes = num_classes
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """The outputs of the stages.
+
+        Args:
+            x: (B, C, H, W).
+            indices: The last n stages for an integer, all for None, else those named.
+            norm: Apply the head's BatchNorm to the last stage's output.
+            stop_early: Stop behind the last stage asked for.
+            output_fmt: 'NCHW' only.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            What `forward_features` returns, if no stage was left out, and the list of intermediates.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        _check_input(x, self.in_chans)
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index + 1]
+        x = self.stem(x)
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(self.head.norm(x) if norm and i == len(self.stages) - 1 else x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove the stages behind the last of `indices`, and the head's BatchNorm and classifier as asked."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[:max_index + 1]
+        if prune_norm:
+            self.head.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) → (B, num_features, H / 32, W / 32), before the head's BatchNorm."""
+        _check_input(x, self.in_chans)
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As `nn.Module.load_state_dict`, but a state dict that does not fit changes nothing."""
+        check_fit(state_dict, self.state_dict(), strict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _conv_norm_relu(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, groups: int = 1, **dd) -> ConvNorm:
+    conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd)
+    return ConvNorm(conv, nn.ReLU, **dd)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+
+
+def _check_stages(**per_stage: Sequence[int]) -> None:
+    for name, values in per_stage.items():
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f'{name} must be four integers, one for each stage, all at least 1, got {tuple(values)}')
+
+
+@torch.fx.wrap
+def _check_input(x: torch.Tensor, in_chans: int) -> None:
+    if torch.jit.is_tracing():
+        return
+    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] < 32 or x.shape[3] < 32:
+        raise ValueError(f'x must be (B, {in_chans}, H, W) with H and W at least 32, the stride, got shape {x.shape}')
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.0.conv', 'classifier': 'head.fc',
+        'license': 'mit', 'paper_ids': 'arXiv:2304.02330',
+        'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
+        'origin_url': 'https://github.com/sangnekim/SMPConv',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'smpconv_tiny.in1k': _cfg(),
+    'smpconv_base.in1k': _cfg(),
+    'smpconv_mobile31.in1k': _cfg(),
+    'smpconv_mobile51.in1k': _cfg(),
+})
+
+
+def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if pretrained and overlay.get('file'):  # read here, for errors that say what is wrong with the file
+        kwargs['pretrained_cfg_overlay'] = dict(overlay, state_dict=read_checkpoint(overlay['file']))
+    model = build_model_with_cfg(
+        SMPConvNet, variant, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+    model.pretrained_cfg.pop('state_dict', None)
+    return model
+
+
+@register_model
+def smpconv_tiny(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    """SMPConv-T: 82.5 % top-1 on ImageNet-1k as published."""
+    model_args = dict(depths=(2, 2, 8, 2), dims=(96, 192, 384, 768), drop_path_rate=0.1)
+    return _create_smpconv('smpconv_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_base(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    """SMPConv-B: 83.8 % top-1 on ImageNet-1k as published."""
+    model_args = dict(depths=(2, 2, 20, 2), dims=(128, 256, 512, 1024), drop_path_rate=0.5)
+    return _create_smpconv('smpconv_base', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+_mobile_args = dict(depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), points_divisor=8, mlp_ratio=2.)
+
+
+@register_model
+def smpconv_mobile31(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    """SMPConv-mobile with kernels up to 31: 73.5 % top-1 on ImageNet-1k as published."""
+    model_args = dict(_mobile_args, kernel_sizes=(31, 29, 27, 13))
+    return _create_smpconv('smpconv_mobile31', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_mobile51(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    """SMPConv-mobile with kernels up to 51: 73.7 % top-1 on ImageNet-1k as published."""
+    model_args = dict(_mobile_args, kernel_sizes=(51, 49, 47, 13))
+    return _create_smpconv('smpconv_mobile51', pretrained=pretrained, **dict(model_args, **kwargs))
