@@ -1,0 +1,55 @@
+"""timm's own model tests, from its source distribution, on this package's models.
+
+The distribution is downloaded. Where that fails the test is skipped with the reason; in CI it fails.
+"""
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import timm
+from conftest import MODELS
+
+PER_MODEL = 10  # forward, backward, cfg, TorchScript, features (2 ways), intermediates, FX forward, backward and scripted
+
+
+@pytest.fixture
+def timm_tests(tmp_path):
+    """A folder with timm's tests alone, so that they import the installed timm."""
+    command = [
+        sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', ':all:',
+        '--dest', str(tmp_path), f'timm=={timm.__version__}']
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        reason = f"timm's source distribution cannot be downloaded: {result.stderr.strip().splitlines()[-1]}"
+        pytest.fail(reason) if os.environ.get('CI') else pytest.skip(reason)
+    with tarfile.open(next(tmp_path.glob('timm-*.tar.gz'))) as archive:
+        for name in ('tests/test_models.py', 'pyproject.toml'):
+            member = archive.extractfile(f'timm-{timm.__version__}/{name}')
+            target = tmp_path / 'timm' / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(member.read())
+    models = tmp_path / 'timm' / 'tests' / 'test_models.py'
+    # timm lists by file which models it tests for forward_intermediates: ours is one of them.
+    text, count = re.subn(r'^FEAT_INTER_FILTERS = \[', "FEAT_INTER_FILTERS = ['smpconv', ", models.read_text(), flags=re.M)
+    assert count == 1
+    models.write_text(text)
+    return tmp_path / 'timm'
+
+
+@pytest.mark.timeout(600)
+def test_timm_model_tests_pass_on_every_model(timm_tests):
+    command = [
+        sys.executable, '-m', 'pytest', '-p', 'timm_smpconv', 'tests/test_models.py', '-k', 'smpconv', '-q',
+        '-p', 'no:cacheprovider', '--junitxml', 'report.xml']
+    result = subprocess.run(command, cwd=timm_tests, capture_output=True, text=True)
+    cases = ElementTree.parse(timm_tests / 'report.xml').findall('.//testcase')
+    passed = [c.get('name') for c in cases if not list(c.iter('failure')) and not list(c.iter('error'))]
+    skipped = [c.get('name') for c in cases if list(c.iter('skipped'))]
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert skipped == [] and len(passed) == len(cases)
+    for model in MODELS:
+        assert sum(re.search(rf'-{model}(\.in1k)?\]', name) is not None for name in passed) >= PER_MODEL, model
