@@ -82,7 +82,7 @@ def test_smp_conv2d_merges_into_a_conv2d_of_its_dtype(dtype):
     layer = SMPConv2d(4, 4, (5, 9), padding=(2, 4), dtype=dtype).eval()
     x = torch.randn(2, 4, 6, 7, dtype=dtype)
     merged = layer.fuse()
-    assert type(merged) is nn.Conv2d and merged.weight.dtype == dtype and not merged.training
+    assert isinstance(merged, nn.Conv2d) and merged.weight.dtype == dtype and not merged.training
     assert difference(merged(x), layer(x)) < TOLERANCE[dtype]
 
 
@@ -110,7 +110,7 @@ def test_rep_smp_conv2d_equals_the_loops_and_merges(k, small, h, w):
     expected = branch(layer.large, large) + branch(layer.small, layer.small.conv.weight)
     assert difference(layer(x), expected) < TOLERANCE[torch.float64]
     merged = layer.fuse()
-    assert type(merged) is nn.Conv2d
+    assert isinstance(merged, nn.Conv2d)
     assert difference(merged(x), expected) < TOLERANCE[torch.float64]
 
 

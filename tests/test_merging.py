@@ -28,7 +28,7 @@ def test_merged_logits_and_what_is_left(name):
     merged = reparameterize_model(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for part in (merged.stem, merged.stages):
-        assert leaves(part) <= {'Conv2d', 'ReLU', 'GELU', 'Identity'}
+        assert leaves(part) <= {'Conv2d', 'DepthwiseConv2d', 'ReLU', 'GELU', 'Identity'}
     assert not any(isinstance(m, (nn.modules.batchnorm._BatchNorm, SMPKernel)) for m in merged.modules())
     for size in ((64, 64), (40, 96)):
         x = torch.randn(2, 3, *size)

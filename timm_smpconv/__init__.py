@@ -2,6 +2,7 @@
 from .checkpoint import CheckpointError as CheckpointError
 from .kernel import SMPKernel as SMPKernel, render_kernel as render_kernel
 from .layers import RepSMPConv2d as RepSMPConv2d, SMPConv2d as SMPConv2d
+from .ops import depthwise_conv2d as depthwise_conv2d
 from .smpconv import SMPConvNet as SMPConvNet
 
 __version__ = '0.1.0'

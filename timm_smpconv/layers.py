@@ -15,10 +15,27 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, to_2tuple
 
 from .kernel import SMPKernel
+from .ops import depthwise_conv2d
 
-__all__ = ['ConvNorm', 'NormClassifierHead', 'RepSMPConv2d', 'SMPConv2d']
+__all__ = ['ConvNorm', 'DepthwiseConv2d', 'NormClassifierHead', 'RepSMPConv2d', 'SMPConv2d']
 
 _int_or_pair = Union[int, Tuple[int, int]]
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """The depthwise `nn.Conv2d` of stride 1 that keeps the size, computed by `depthwise_conv2d`.
+
+    (B, C, H, W) → (B, C, H, W).
+    """
+
+    def __init__(self, channels: int, kernel_size: _int_or_pair, bias: bool = True, device=None, dtype=None):
+        kernel_size = _check_odd('kernel_size', kernel_size)
+        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+        super().__init__(
+            channels, channels, kernel_size, padding=padding, groups=channels, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias)
 
 
 class SMPConv2d(nn.Module):
@@ -71,6 +88,7 @@ class SMPConv2d(nn.Module):
         self.stride = to_2tuple(stride)
         self.padding = to_2tuple(padding)
         self.dilation = (1, 1)
+        self.keeps_size = _keeps_size(self)
         if points is None:
             points = max(1, self.kernel_size[0] * self.kernel_size[1] // 4)
         self.kernel = SMPKernel(in_channels, self.kernel_size, points, radius=radius, coords_std=coords_std, **dd)
@@ -81,7 +99,10 @@ class SMPConv2d(nn.Module):
         return self.kernel().transpose(0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, self.render().to(x.dtype), self.bias, self.stride, self.padding, groups=self.groups)
+        weight = self.render().to(x.dtype)
+        if self.keeps_size:
+            return depthwise_conv2d(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
@@ -154,9 +175,9 @@ class RepSMPConv2d(nn.Module):
         large, small = _check_odd('kernel_size', kernel_size), _check_odd('small_kernel', small_kernel)
         if small[0] > large[0] or small[1] > large[1]:
             raise ValueError(f'small_kernel must not be larger than kernel_size = {large}, got {small}')
-        same = [(k[0] // 2, k[1] // 2) for k in (large, small)]
-        self.large = ConvNorm(SMPConv2d(channels, channels, large, padding=same[0], bias=False, points=points, **dd), **dd)
-        self.small = ConvNorm(nn.Conv2d(channels, channels, small, padding=same[1], groups=channels, bias=False, **dd), **dd)
+        padding = (large[0] // 2, large[1] // 2)
+        self.large = ConvNorm(SMPConv2d(channels, channels, large, padding=padding, bias=False, points=points, **dd), **dd)
+        self.small = ConvNorm(DepthwiseConv2d(channels, small, bias=False, **dd), **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.large(x) + self.small(x)
@@ -264,6 +285,13 @@ def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
     return tuple(size)
 
 
+def _keeps_size(conv: Union[nn.Conv2d, SMPConv2d]) -> bool:
+    """Whether `depthwise_conv2d` computes this convolution."""
+    same = all(k % 2 == 1 and p == k // 2 for k, p in zip(conv.kernel_size, conv.padding))
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    return same and depthwise and tuple(conv.stride) == tuple(conv.dilation) == (1, 1)
+
+
 def _refuse_training(module: nn.Module) -> None:
     if module.training:
         raise RuntimeError(
@@ -301,9 +329,12 @@ def _fold_norm_before(
 def _plain_conv(conv: Union[nn.Conv2d, SMPConv2d], weight: torch.Tensor, bias: Optional[torch.Tensor]) -> nn.Conv2d:
     """An `nn.Conv2d` with the geometry and dtype of `conv`, in evaluation mode; draws no random numbers."""
     dtype = (conv.kernel if isinstance(conv, SMPConv2d) else conv).weight.dtype
-    plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-        bias=bias is not None, device='meta')
+    if _keeps_size(conv):
+        plain = DepthwiseConv2d(conv.in_channels, conv.kernel_size, bias=bias is not None, device='meta')
+    else:
+        plain = nn.Conv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+            bias=bias is not None, device='meta')
     plain.weight = nn.Parameter(weight.detach().to(dtype))
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype))

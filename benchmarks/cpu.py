@@ -1,0 +1,245 @@
+"""What the CPU operator and the models cost: `python -m benchmarks.cpu [ops] [forward] [train] [memory] [deploy]`.
+
+`plain` is the same model unmerged, contiguous, on `F.conv2d`: what the research code does without its CUDA extension.
+"""
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
+
+import timm_smpconv  # noqa: F401 (registers the models)
+from benchmarks.timing import agree, machine, paired
+from timm_smpconv.ops import BACKENDS, use_backend
+from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _margins
+
+CHANNELS_LAST = torch.channels_last
+FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+STAGES = [  # (C, H, K) of tiny, mobile51 and their small branches
+    (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51), (128, 28, 49), (256, 14, 47),
+    (96, 56, 13), (192, 28, 13), (96, 56, 9), (96, 56, 7), (96, 56, 5), (192, 28, 5), (384, 14, 5), (768, 7, 5), (96, 112, 3)]
+
+
+def shaken(name, **kwargs):
+    """A model in evaluation mode with BatchNorm statistics of random images, as after training."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs)
+    with torch.no_grad():
+        for _ in range(2):
+            model.train()(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+def ops(args):
+    """Every backend on every pass; the rule's choice is marked and compared with the best."""
+    dtypes = [torch.float32, torch.bfloat16]
+    for dtype in dtypes:
+        for batch in args.batch:
+            for layout, memory_format in FORMATS.items():
+                print(f'\n{str(dtype)[6:]}, batch {batch}, {layout}: ms ({", ".join(BACKENDS)}), * is chosen')
+                for c, h, k in STAGES:
+                    ops_shape(dtype, batch, memory_format, c, h, k, args.rounds)
+
+
+def ops_shape(dtype, batch, memory_format, c, h, k, rounds):
+    x, grad = (torch.randn(batch, c, h, h, dtype=dtype).contiguous(memory_format=memory_format) for _ in range(2))
+    margin, _ = _margins(x, k, k)
+    k -= 2 * margin
+    weight = torch.randn(c, 1, k, k, dtype=dtype) / k
+    passes = {
+        'conv': ({n: lambda b=b: b.conv(x, weight, None).contiguous(memory_format=memory_format)
+                  for n, b in BACKENDS.items()}, _choose(CONV_RULES, k, k)),
+        'corr': ({n: lambda b=b: b.corr(grad, x, k, k) for n, b in BACKENDS.items()}, _choose(CORR_RULES, k, k)),
+    }
+    line = f'  C {c:4} H {h:3} K {k:2}'
+    with torch.no_grad():
+        for name, (candidates, chosen) in passes.items():
+            slow = batch * c * h * h * k * k > 4e9
+            times = paired(candidates, 1 if slow else rounds, warmup=1)
+            cells = ' '.join(f'{t:8.2f}{"*" if n == chosen else " "}' for n, t in times.items())
+            line += f' | {name} {cells} {times[chosen] / min(times.values()):5.2f}'
+    print(line, flush=True)
+
+
+def forward(args):
+    """Forward passes of whole models against plain and convnext_tiny."""
+    model = shaken(args.model)
+    merged = reparameterize_model(model)
+    convnext = timm.create_model('convnext_tiny').eval()
+    for batch in args.batch:
+        x = torch.randn(batch, 3, 224, 224)
+        xs = {n: x.contiguous(memory_format=f) for n, f in FORMATS.items()}
+        half = {n: v.to(torch.bfloat16) for n, v in xs.items()}
+        networks = {}
+        for layout, memory_format in FORMATS.items():
+            place = {'memory_format': memory_format}
+            networks[f'unmerged {layout}'] = (deepcopy(model).to(**place), xs[layout], 1e-4)
+            networks[f'merged {layout}'] = (deepcopy(merged).to(**place), xs[layout], 1e-4)
+            networks[f'merged {layout} bfloat16'] = (
+                deepcopy(merged).to(torch.bfloat16).to(**place), half[layout], 5e-2)
+            networks[f'convnext_tiny {layout}'] = (deepcopy(convnext).to(**place), xs[layout], None)
+            networks[f'convnext_tiny {layout} bfloat16'] = (
+                deepcopy(convnext).to(torch.bfloat16).to(**place), half[layout], None)
+        with torch.inference_mode():
+            with use_backend('native'):
+                expected = model(x)
+            for name, (network, image, tolerance) in networks.items():
+                if tolerance:
+                    agree(name, network(image), expected, tolerance)
+
+            def plain():
+                with use_backend('native'):
+                    model(x)
+
+            candidates = {'plain': plain}
+            candidates.update({n: lambda m=m, i=i: m(i) for n, (m, i, _) in networks.items()})
+            report(f'forward, batch {batch}', paired(candidates, args.rounds, warmup=1))
+
+
+def report(title, times):
+    print(f'\n{title}')
+    for name, t in sorted(times.items(), key=lambda item: -item[1]):
+        print(f'  {name:42} {t:9.1f} ms   plain / this {times["plain"] / t:6.2f}', flush=True)
+
+
+def training_step(name, layout, batch):
+    """A function that runs forward, backward and optimizer step, and returns the loss."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).train().to(memory_format=FORMATS[layout])
+    optimizer = create_optimizer_v2(model, 'adamw', lr=1e-4, weight_decay=0.05)
+    x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=FORMATS[layout])
+    y = torch.randint(0, 1000, (batch,))
+
+    def step():
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def train(args):
+    """Forward, backward and optimizer step."""
+    for batch in args.batch:
+        plain_step = training_step(args.model, 'contiguous', batch)
+
+        def plain():
+            with use_backend('native'):
+                return plain_step()
+
+        steps = {'plain': plain}
+        for layout in FORMATS:
+            steps[f'{args.model} {layout}'] = training_step(args.model, layout, batch)
+        torch.manual_seed(1)
+        first = plain()
+        for name, step in list(steps.items())[1:]:
+            torch.manual_seed(1)
+            agree(f'the loss of {name}', step(), first, 1e-4)
+        for layout in FORMATS:
+            steps[f'convnext_tiny {layout}'] = training_step('convnext_tiny', layout, batch)
+        report(f'training step, batch {batch}', paired(steps, args.rounds, warmup=0))
+
+
+def memory(args):
+    """Peak memory of a training step, each variant in a process of its own."""
+    for batch in args.batch:
+        peaks = {}
+        for variant in ('plain', *FORMATS):
+            command = [sys.executable, '-m', 'benchmarks.cpu', 'peak', '--model', args.model, '--batch', str(batch)]
+            output = subprocess.run([*command, '--variant', variant], capture_output=True, text=True, check=True).stdout
+            peaks[variant] = int(output.split()[-1])
+        print(f'\npeak memory of a training step over the idle process, batch {batch}')
+        for variant, peak in peaks.items():
+            print(f'  {variant:14} {peak / 1024:8.0f} MiB   this / plain {peak / peaks["plain"]:.3f}', flush=True)
+
+
+def peak(args):
+    """One variant of `memory`: prints KiB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = training_step(args.model, 'contiguous' if args.variant == 'plain' else args.variant, args.batch[0])
+    if args.variant == 'plain':
+        with use_backend('native'):
+            step()
+            step()
+    else:
+        step()
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def deploy(args):
+    """The merged model in several engines, with the largest difference of the logits."""
+    import onnxruntime
+    import openvino
+    model = shaken(args.model)
+    merged = reparameterize_model(model)
+    for batch in args.batch:
+        x = torch.randn(batch, 3, 224, 224)
+        with torch.inference_mode(), use_backend('native'):
+            expected = model(x)
+
+        def plain():
+            with use_backend('native'):
+                return model(x)
+
+        engines = {'plain': plain}
+        for layout, memory_format in FORMATS.items():
+            for dtype in (torch.float32, torch.bfloat16):
+                network = deepcopy(merged).to(dtype).to(memory_format=memory_format)
+                image = x.to(dtype).contiguous(memory_format=memory_format)
+                label = f'{layout} {str(dtype)[6:]}'
+                engines[f'eager {label}'] = lambda m=network, i=image: m(i)
+                torch._dynamo.reset()
+                compiled = torch.compile(network, options={'freezing': True})
+                engines[f'compiled {label}'] = lambda m=compiled, i=image: m(i)
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / 'm.onnx')
+            torch.onnx.export(
+                merged, (x,), path, input_names=['image'], output_names=['logits'], dynamo=True, verbose=False,
+                external_data=False)
+            session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+            engines['ONNX Runtime float32'] = lambda: torch.from_numpy(session.run(None, {'image': x.numpy()})[0])
+            core = openvino.Core()
+            for precision in ('f32', 'bf16'):
+                compiled_ov = core.compile_model(
+                    path, 'CPU', {'INFERENCE_PRECISION_HINT': precision, 'PERFORMANCE_HINT': 'LATENCY'})
+                engines[f'OpenVINO {precision}'] = lambda m=compiled_ov: torch.from_numpy(m(x.numpy())[0])
+            with torch.no_grad():
+                differences = {
+                    n: agree(n, run(), expected, 5e-2 if 'bf' in n else 1e-4) for n, run in engines.items()}
+                times = paired(engines, args.rounds, warmup=1)
+        print(f'\nmerged model, batch {batch}: ms, plain / this, largest difference of the logits (relative)')
+        for name, t in sorted(times.items(), key=lambda item: -item[1]):
+            print(f'  {name:34} {t:9.1f} {times["plain"] / t:7.2f}   {differences[name]:.0e}', flush=True)
+
+
+def main():
+    sections = dict(ops=ops, forward=forward, train=train, memory=memory, deploy=deploy, peak=peak)
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.cpu', description=__doc__.splitlines()[0])
+    parser.add_argument('sections', nargs='*', choices=[*sections, []], default=[])
+    parser.add_argument('--model', default='smpconv_tiny')
+    parser.add_argument('--batch', type=int, nargs='+')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--variant')
+    args = parser.parse_args()
+    if args.sections != ['peak']:
+        print(machine())
+    for name in args.sections or ('forward', 'train', 'memory', 'deploy'):
+        batch = args.batch
+        args.batch = batch or {'ops': [4], 'train': [4, 16], 'memory': [4, 16]}.get(name, [1, 16])
+        sections[name](args)
+        args.batch = batch
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,269 @@
+"""The operator against `F.conv2d` in float64, which is not its own path there, and against loops; all backends."""
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import difference
+from reference import conv_loop
+
+from timm_smpconv import depthwise_conv2d
+from timm_smpconv.ops import BACKENDS, use_backend
+from timm_smpconv.ops.depthwise import _conv_op, _corr_op
+
+CASES = [  # (B, C, H, W, K, L)
+    (2, 3, 8, 11, 5, 5),
+    (1, 1, 1, 1, 3, 3),
+    (3, 2, 4, 4, 31, 31),  # K > 2H
+    (1, 5, 7, 7, 13, 13),  # K = 2H - 1
+    (2, 4, 14, 9, 27, 3),
+    (2, 1, 16, 16, 7, 1),
+    (1, 3, 1, 64, 51, 51),
+    (1, 2, 64, 64, 51, 51),
+    (1, 8, 33, 20, 1, 1),
+    (2, 16, 28, 28, 29, 29),
+]
+LAYOUTS = {
+    'contiguous': lambda x: x.contiguous(),
+    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+    'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    'strided': lambda x: torch.stack([x, x + 1], -1)[..., 0],
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def tensors(b, c, h, w, k, l, dtype=torch.float32, bias=True):
+    x = torch.randn(b, c, h, w, dtype=torch.float64)
+    weight = torch.randn(c, 1, k, l, dtype=torch.float64) / (k * l) ** 0.5
+    return [t.to(dtype) for t in (x, weight, torch.randn(c, dtype=torch.float64))][:3 if bias else 2]
+
+
+def exact(x, weight, bias=None):
+    return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
+
+
+def compare(inputs, function, tolerance):
+    """Output and all gradients of `function` against F.conv2d in float64 on the same (rounded) numbers."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    actual, expected = function(*leaves), exact(*wide)
+    assert actual.dtype == inputs[0].dtype
+    assert difference(actual, expected) < tolerance
+    cotangent = torch.randn_like(expected).to(actual.dtype)
+    for leaf, got, want in zip(
+            leaves, torch.autograd.grad(actual, leaves, cotangent), torch.autograd.grad(expected, wide, cotangent.double())):
+        assert got.dtype == leaf.dtype and got.shape == leaf.shape
+        assert difference(got, want) < tolerance
+
+
+@pytest.mark.parametrize('backend', [None, *BACKENDS])
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_output_and_gradients(case, backend):
+    if backend is None:
+        return compare(tensors(*case), depthwise_conv2d, TOLERANCE[torch.float32])
+
+    def forced(*inputs):
+        with use_backend(backend):
+            return depthwise_conv2d(*inputs)
+
+    compare(tensors(*case), forced, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('bias', [False, True])
+def test_dtypes_and_layouts(dtype, layout, bias):
+    for case in ((2, 3, 9, 12, 7, 5), (2, 4, 14, 14, 27, 27)):
+        inputs = tensors(*case, dtype=dtype, bias=bias)
+        inputs[0] = LAYOUTS[layout](inputs[0])
+        compare(inputs, depthwise_conv2d, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_native(dtype):
+    inputs = tensors(2, 4, 28, 28, 27, 27, dtype=dtype)
+
+    def errors(function):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        out, expected = function(*leaves), exact(*wide)
+        cotangent = torch.ones_like(expected)
+        pairs = zip((out, *torch.autograd.grad(out, leaves, cotangent.to(dtype))),
+                    (expected, *torch.autograd.grad(expected, wide, cotangent)))
+        return [difference(a, e) for a, e in pairs]
+
+    for ours, native in zip(errors(depthwise_conv2d), errors(exact)):
+        assert ours <= 1.5 * native + torch.finfo(dtype).eps / 4
+
+
+def test_equals_the_definition():
+    x, weight, bias = tensors(2, 3, 6, 5, 5, 3, dtype=torch.float64)
+    assert difference(depthwise_conv2d(x, weight, bias), conv_loop(x, weight, bias, padding=(2, 1))) < 1e-12
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize('backend', [None, *BACKENDS])
+def test_the_memory_format_of_the_input_is_kept(layout, backend):
+    x, weight = tensors(2, 4, 8, 8, 7, 7, bias=False)
+    x = LAYOUTS[layout](x).requires_grad_()
+    if backend is None:
+        y = depthwise_conv2d(x, weight)
+    else:
+        with use_backend(backend):
+            y = depthwise_conv2d(x, weight)
+    y.backward(LAYOUTS[layout](torch.randn_like(y)))
+    for t in (y, x.grad):
+        assert t.stride() == x.stride()
+
+
+@pytest.mark.parametrize('backend', [None, 'fft', 'channels_last'])
+def test_gradcheck_twice(backend):
+    inputs = [t.requires_grad_() for t in tensors(1, 2, 4, 3, 9, 3, dtype=torch.float64)]
+    with use_backend(backend or 'native') if backend else torch.enable_grad():
+        assert torch.autograd.gradcheck(depthwise_conv2d, inputs)
+        assert torch.autograd.gradgradcheck(depthwise_conv2d, inputs)
+
+
+def test_empty_batch():
+    x, weight, bias = [t.requires_grad_() for t in tensors(0, 3, 5, 6, 3, 3)]
+    y = depthwise_conv2d(x, weight, bias)
+    assert y.shape == (0, 3, 5, 6)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and not weight.grad.any() and not bias.grad.any()
+
+
+def test_no_image_reaches_another():
+    for value in (float('nan'), float('inf')):
+        for backend in BACKENDS:
+            x, weight = tensors(3, 4, 14, 14, 13, 13, bias=False)
+            clean = x.clone()
+            x[1] = value
+            x.requires_grad_()
+            with use_backend(backend):
+                y = depthwise_conv2d(x, weight)
+                expected = depthwise_conv2d(clean, weight)
+            assert torch.equal(y[[0, 2]], expected[[0, 2]]) and not torch.isfinite(y[1]).all()
+            cotangent = torch.zeros_like(y)
+            cotangent[1] = value
+            (grad,) = torch.autograd.grad(y, x, cotangent)
+            assert not grad[[0, 2]].any()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    inputs = [t.requires_grad_() for t in tensors(2, 3, 9, 9, 7, 7)]
+    with torch.autocast('cpu', dtype=dtype):
+        y = depthwise_conv2d(*inputs)
+    assert y.dtype == dtype
+    assert difference(y, exact(*inputs)) < TOLERANCE[dtype]
+    y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in inputs)
+
+
+def test_torch_func():
+    x, weight, bias = tensors(2, 3, 6, 7, 5, 5, dtype=torch.float64)
+    many = torch.randn(4, *x.shape, dtype=torch.float64)
+    kernels = torch.randn(4, *weight.shape, dtype=torch.float64)
+    biases = torch.randn(4, 3, dtype=torch.float64)
+    for dims, args in (((0, None, None), (many, weight, bias)), ((None, 0, None), (x, kernels, bias)),
+                       ((0, 0, 0), (many, kernels, biases)), ((1, None, 0), (many.movedim(0, 1), weight, biases))):
+        actual = torch.vmap(depthwise_conv2d, in_dims=dims)(*args)
+        expected = torch.vmap(exact, in_dims=dims)(*args)
+        assert difference(actual, expected) < 1e-12
+
+    def loss(function):
+        return lambda w, image: function(image[None], w).square().sum()
+
+    per_image = [
+        torch.vmap(torch.func.grad(loss(f)), in_dims=(None, 0))(weight, x) for f in (depthwise_conv2d, exact)]
+    assert difference(*per_image) < 1e-12
+    hessian = [torch.func.jacrev(torch.func.grad(loss(f)))(weight[:, :, :3, :3], x[0]) for f in (depthwise_conv2d, exact)]
+    assert difference(*hessian) < 1e-12
+    tangents = [torch.func.jvp(f, (x, weight), (x, weight))[1] for f in (depthwise_conv2d, exact)]
+    assert difference(*tangents) < 1e-12
+
+
+@pytest.mark.parametrize('backend', [None, *BACKENDS])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_opcheck(backend, layout):
+    x, weight, bias = tensors(2, 3, 6, 7, 9, 9)
+    x = LAYOUTS[layout](x).requires_grad_()
+    torch.library.opcheck(_conv_op, (x, weight.requires_grad_(), bias.requires_grad_(), backend))
+    torch.library.opcheck(_corr_op, (torch.randn(2, 3, 6, 7, requires_grad=True), x, 9, 9, backend))
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 1, 7, 7))
+
+    def forward(self, x):
+        return depthwise_conv2d(x.relu(), self.weight) + 1
+
+
+def test_compile_trains_and_infers():
+    net, x = Net(), torch.randn(2, 3, 9, 9)
+    compiled = torch.compile(copy.deepcopy(net), fullgraph=True)
+    with torch.no_grad():
+        assert difference(compiled(x), net(x)) < 1e-5
+    for size in (9, 12, 15):  # the sizes become symbols
+        x = torch.randn(2, 3, size, size)
+        net.zero_grad()
+        compiled.zero_grad()
+        net(x).square().sum().backward()
+        compiled(x).square().sum().backward()
+        assert difference(compiled.weight.grad, net.weight.grad) < 1e-5
+
+
+def test_graphs_hold_a_standard_convolution():
+    net, x = Net(), torch.randn(2, 3, 9, 9)
+    program = torch.export.export(net, (x,), dynamic_shapes={'x': {0: torch.export.Dim('b', min=1, max=9)}})
+    assert [n.target for n in program.graph.nodes if 'conv' in str(n.target)] == [torch.ops.aten.conv2d.default]
+    for graph in (program.module(), torch.jit.script(net), torch.jit.trace(net, x), torch.fx.symbolic_trace(net)):
+        assert difference(graph(x[:1]), net(x[:1])) < 1e-5
+
+
+def test_use_backend_forces_and_ends(monkeypatch):
+    x, weight = tensors(1, 2, 5, 5, 3, 3, bias=False)
+    calls = []
+    for name, backend in list(BACKENDS.items()):
+        conv = (lambda name, inner: lambda *args: calls.append(name) or inner(*args))(name, backend.conv)
+        monkeypatch.setitem(BACKENDS, name, backend._replace(conv=conv))
+    for name in ('channels_last', 'fft'):
+        with use_backend(name):
+            y = depthwise_conv2d(x.requires_grad_(), weight)
+        y.sum().backward()  # the backward keeps the choice of its forward
+    assert calls == ['channels_last', 'channels_last', 'fft', 'fft']
+    with pytest.raises(ValueError, match="name must be one of native, channels_last, fft, got 'cudnn'"):
+        with use_backend('cudnn'):
+            pass
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch, caplog):
+    x, weight = tensors(1, 2, 9, 9, 9, 9, bias=False)
+    for name in ('fft', 'channels_last'):
+        monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(cannot_run=lambda x: 'it rains'))
+    with pytest.raises(ValueError, match="backend 'fft' was forced and cannot run: it rains"), use_backend('fft'):
+        depthwise_conv2d(x, weight)
+    with caplog.at_level(logging.DEBUG, logger='timm_smpconv.ops.depthwise'):
+        assert difference(depthwise_conv2d(x, weight), exact(x, weight)) < 1e-5
+    assert 'is passed over: it rains' in caplog.text
+
+
+@pytest.mark.parametrize('change,error,message', [
+    (dict(weight=torch.zeros(3, 1, 4, 5)), ValueError, r'weight must have odd K and L, got shape \(3, 1, 4, 5\)'),
+    (dict(weight=torch.zeros(4, 1, 5, 5)), ValueError, r'weight must be \(C, 1, K, L\) with C = 3.*got shape \(4, 1, 5, 5\)'),
+    (dict(weight=torch.zeros(3, 3, 5, 5)), ValueError, 'weight must be'),
+    (dict(weight=torch.zeros(3, 5, 5)), ValueError, 'weight must be'),
+    (dict(x=torch.zeros(3, 8, 8)), ValueError, r'x must be \(B, C, H, W\), got shape \(3, 8, 8\)'),
+    (dict(bias=torch.zeros(2)), ValueError, r'bias must be \(C,\) = \(3,\), got shape \(2,\)'),
+    (dict(weight=torch.zeros(3, 1, 5, 5).double()), TypeError, 'weight must have the dtype of x, torch.float32, got torch.f'),
+    (dict(bias=torch.zeros(3).half()), TypeError, 'bias must have the dtype of x'),
+    (dict(x=torch.zeros(1, 3, 8, 8, dtype=torch.int64)), TypeError, 'x must be floating point, got torch.int64'),
+    (dict(weight=torch.zeros(3, 1, 5, 5, device='meta')), ValueError, 'weight must be on the device of x, cpu, got meta'),
+])
+def test_bad_input_is_named(change, error, message):
+    good = dict(x=torch.zeros(1, 3, 8, 8), weight=torch.zeros(3, 1, 5, 5), bias=torch.zeros(3))
+    with pytest.raises(error, match=message):
+        depthwise_conv2d(**dict(good, **change))

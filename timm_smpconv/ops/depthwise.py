@@ -1,0 +1,400 @@
+"""Depthwise convolution with large kernels: stride 1, "same" zero padding, odd kernels.
+
+Shapes: B batch, C channels, H and W height and width, K and L height and width of the kernel.
+
+Two operators are closed under differentiation, so that every derivative of every order is one of them again:
+
+    y  = conv(x, w)          y[b,c,i,j]  = Σ_kl  w[c,k,l] x[b,c,i+k-K//2,j+l-L//2]
+    dx = conv(g, flip(w))
+    dw = corr(g, x)          dw[c,k,l]   = Σ_bij g[b,c,i,j] x[b,c,i+k-K//2,j+l-L//2]
+
+Taps that meet nothing but padding (a kernel longer than 2H - 1) are cropped away first, which is exact.
+"""
+import logging
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+__all__ = ['BACKENDS', 'depthwise_conv2d', 'use_backend']
+
+_logger = logging.getLogger(__name__)
+_forced: Optional[str] = None
+
+
+def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """`F.conv2d(x, weight, bias, padding=(K // 2, L // 2), groups=C)`, fast for large kernels too.
+
+    Differentiable any number of times in x, weight and bias. The result has the memory format of x. Under
+    `torch.export`, TorchScript and tracing it is that `F.conv2d`.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C, 1, K, L) with odd K and L.
+        bias: (C,).
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: A shape or a device breaks the rules above, or the backend forced by `use_backend` cannot run.
+        TypeError: The dtypes differ (outside autocast) or are not floating point.
+    """
+    if torch.jit.is_scripting():
+        padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+        return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    if has_torch_function(inputs):
+        return handle_torch_function(depthwise_conv2d, inputs, x, weight, bias)
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    if not torch.jit.is_tracing():
+        _check(x, weight, bias)
+    if _stays_native(x):
+        return _native(x, weight, bias)
+    if torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, _forced)
+        return _conv(x, weight, bias, _forced)  # inference: the compiler sees what the operator is made of
+    return _Conv.apply(x, weight, bias, _forced)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one of `BACKENDS` for all passes of the convolutions called inside, their backward included.
+
+    Raises:
+        ValueError: There is no such backend; or, from the convolution, the reason why it cannot run.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f'name must be one of {", ".join(BACKENDS)}, got {name!r}')
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _autocast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def _stays_native(x: torch.Tensor) -> bool:
+    """Whether it is plainly `F.conv2d`: on other devices, and in graphs to be exported."""
+    if _forced == 'native' or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True
+    return _forced is None and x.device.type != 'cpu'
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> None:
+    if x.ndim != 4:
+        raise ValueError(f'x must be (B, C, H, W), got shape {tuple(x.shape)}')
+    if weight.ndim != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
+        raise ValueError(f'weight must be (C, 1, K, L) with C = {x.shape[1]} as in x, got shape {tuple(weight.shape)}')
+    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise ValueError(f'weight must have odd K and L, got shape {tuple(weight.shape)}')
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f'bias must be (C,) = ({weight.shape[0]},), got shape {tuple(bias.shape)}')
+    if not x.is_floating_point():
+        raise TypeError(f'x must be floating point, got {x.dtype}')
+    for name, t in (('weight', weight), ('bias', bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f'{name} must have the dtype of x, {x.dtype}, got {t.dtype}')
+        if t is not None and t.device != x.device:
+            raise ValueError(f'{name} must be on the device of x, {x.device}, got {t.device}')
+
+
+# Shapes and memory formats ----------------------------------------------------------------------------------------------
+
+
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _margins(x: torch.Tensor, k: int, l: int) -> Tuple[int, int]:
+    """Rows and columns on every side of a K×L kernel that meet nothing but padding."""
+    return max(0, k // 2 - x.shape[2] + 1), max(0, l // 2 - x.shape[3] + 1)
+
+
+def _fft_length(n: int, k: int) -> int:
+    """The smallest fast transform length at which "same" convolution does not wrap around."""
+    n = n + k // 2
+    while True:
+        rest = n
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return n
+        n += 1
+
+
+# Backends ---------------------------------------------------------------------------------------------------------------
+
+
+def _native(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
+
+
+def _native_corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
+    weight = x.new_empty(1).expand(x.shape[1], 1, k, l)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (1, 1), (k // 2, l // 2), (1, 1), False, (0, 0), x.shape[1], (False, True, False))[1]
+
+
+def _channels_last(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    return _native(x.contiguous(memory_format=torch.channels_last), weight, bias)
+
+
+def _channels_last_corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grad, x = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    return _native_corr(grad, x, k, l)
+
+
+def _fft(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    k, l = weight.shape[2:]
+    h, w = x.shape[2:]
+    size = (_fft_length(h, k), _fft_length(w, l))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    kernel = F.pad(weight[:, 0].to(dtype), (0, size[1] - l, 0, size[0] - k)).roll((-(k // 2), -(l // 2)), (1, 2))
+    # conj_physical, as a lazy conj() is not resolved when a compiled graph calls the operator (torch 2.15).
+    spectrum = torch.fft.rfft2(x.to(dtype), s=size) * torch.fft.rfft2(kernel).conj_physical_()
+    y = torch.fft.irfft2(spectrum, s=size)[:, :, :h, :w]
+    return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
+
+
+def _fft_corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
+    size = (_fft_length(x.shape[2], k), _fft_length(x.shape[3], l))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    spectrum = torch.fft.rfft2(x.to(dtype).contiguous(), s=size)
+    spectrum = (spectrum * torch.fft.rfft2(grad.to(dtype).contiguous(), s=size).conj_physical_()).sum(0)
+    lags = torch.fft.irfft2(spectrum, s=size).roll((k // 2, l // 2), (1, 2))
+    return lags[:, None, :k, :l]
+
+
+class Backend(NamedTuple):
+    """One way to compute the convolution and the correlation of its weight gradient, on tensors that are not empty."""
+    conv: Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
+    corr: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
+    cannot_run: Callable[[torch.Tensor], Optional[str]]  # the reason, if there is one
+
+
+def _anywhere(x: torch.Tensor) -> Optional[str]:
+    return None
+
+
+def _needs_cpu_or_cuda(x: torch.Tensor) -> Optional[str]:
+    if x.device.type not in ('cpu', 'cuda', 'meta'):
+        return f'fft runs on cpu and cuda only, x is on {x.device}'
+    return None
+
+
+BACKENDS: Dict[str, Backend] = {
+    'native': Backend(_native, _native_corr, _anywhere),
+    'channels_last': Backend(_channels_last, _channels_last_corr, _anywhere),
+    'fft': Backend(_fft, _fft_corr, _needs_cpu_or_cuda),
+}
+
+
+class Rule(NamedTuple):
+    """When a backend is chosen on the CPU; the first rule that holds decides."""
+    backend: str
+    holds: Callable[[int, int], bool]  # of K and L after cropping
+    evidence: str  # ms at batch 4, float32, 2 cores with AVX-512, torch 2.15; `python -m benchmarks.cpu ops` measures anew
+
+
+# oneDNN's own depthwise program takes kernels up to 14 wide; wider ones are fast in channels_last alone.
+CONV_RULES = (
+    Rule('native', lambda k, l: l <= 14,
+         'C 96, 56×56, 13×13: native 8.9, channels_last 22; 5×5: 9.4, 15; 384, 14×14, 13×13: 1.5, 3.5'),
+    Rule('channels_last', lambda k, l: True,
+         'C 96, 56×56, 15×15: native 147, channels_last 11; 31×31: 738, 34, fft 38; 384, 14×14, 27×27: 141, 4.2, 22'),
+)
+CORR_RULES = (
+    Rule('native', lambda k, l: l == 1 or k * l <= 9,
+         'C 96, 56×56, 51×1: native 3.6, channels_last 6.1, fft 25; 384, 14×14, 3×3: 0.7, 1.2, 2.6'),
+    Rule('channels_last', lambda k, l: l <= 14 and k * l <= 49,
+         'C 96, 56×56, 5×5: native 36, channels_last 19, fft 17, with channels_last input 18, 17, 23; 7×7: 66, 23, 17'),
+    Rule('fft', lambda k, l: True,
+         'C 96, 56×56, 31×31: native 1531, channels_last 1923, fft 25; 9×9: 114, 32, 14; 768, 7×7, 13×13: 27, 90, 9'),
+)
+
+
+def _choose(rules: Tuple[Rule, ...], k: int, l: int) -> str:
+    return next(rule.backend for rule in rules if rule.holds(k, l))
+
+
+def _resolve(choice: str, forced: Optional[str], x: torch.Tensor) -> Backend:
+    if forced is not None:
+        reason = BACKENDS[forced].cannot_run(x)
+        if reason is not None:
+            raise ValueError(f'backend {forced!r} was forced and cannot run: {reason}')
+        return BACKENDS[forced]
+    reason = BACKENDS[choice].cannot_run(x)
+    if reason is not None:
+        _logger.debug('backend %s is passed over: %s', choice, reason)
+        return BACKENDS['native']
+    return BACKENDS[choice]
+
+
+def _conv(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        forced: Optional[str],
+) -> torch.Tensor:
+    memory_format = _memory_format(x)
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=memory_format)
+    dy, dx = _margins(x, weight.shape[2], weight.shape[3])
+    if dy or dx:
+        weight = weight[:, :, dy:weight.shape[2] - dy, dx:weight.shape[3] - dx]
+    backend = _resolve(_choose(CONV_RULES, weight.shape[2], weight.shape[3]), forced, x)
+    return backend.conv(x, weight, bias).contiguous(memory_format=memory_format)
+
+
+def _corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int, forced: Optional[str]) -> torch.Tensor:
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[1], 1, k, l)
+    dy, dx = _margins(x, k, l)
+    backend = _resolve(_choose(CORR_RULES, k - 2 * dy, l - 2 * dx), forced, x)
+    dw = backend.corr(grad, x, k - 2 * dy, l - 2 * dx)
+    return F.pad(dw, (dx, dx, dy, dy)).to(x.dtype).contiguous()
+
+
+# Registration -----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op('timm_smpconv::depthwise_conv2d', mutates_args=())
+def _conv_op(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        backend: Optional[str],
+) -> torch.Tensor:
+    return _conv(x, weight, bias, backend)
+
+
+@torch.library.custom_op('timm_smpconv::depthwise_corr2d', mutates_args=())
+def _corr_op(grad: torch.Tensor, x: torch.Tensor, k: int, l: int, backend: Optional[str]) -> torch.Tensor:
+    return _corr(grad, x, k, l, backend)
+
+
+@_conv_op.register_fake
+def _(x, weight, bias, backend):
+    return torch.empty_like(x, memory_format=_memory_format(x))
+
+
+@_corr_op.register_fake
+def _(grad, x, k, l, backend):
+    return x.new_empty(x.shape[1], 1, k, l)
+
+
+# The operators are opaque to compilers and carry their derivatives (torch.library); the autograd functions around them
+# carry the same ones to torch.func, which torch.library's cannot reach.
+
+
+def _conv_context(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.backend = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.save_for_forward(x, weight)
+
+
+def _conv_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    return (
+        _Conv.apply(grad, weight.flip(2, 3), None, ctx.backend) if needs_x else None,
+        _Corr.apply(grad, x, weight.shape[2], weight.shape[3], ctx.backend) if needs_weight else None,
+        grad.sum((0, 2, 3)) if needs_bias else None,
+        None,
+    )
+
+
+def _corr_context(ctx, inputs, output) -> None:
+    grad, x, ctx.k, ctx.l, ctx.backend = inputs
+    ctx.save_for_backward(grad, x)
+    ctx.save_for_forward(grad, x)
+
+
+def _corr_backward(ctx, v):
+    grad, x = ctx.saved_tensors
+    needs_grad, needs_x = ctx.needs_input_grad[:2]
+    return (
+        _Conv.apply(x, v, None, ctx.backend) if needs_grad else None,
+        _Conv.apply(grad, v.flip(2, 3), None, ctx.backend) if needs_x else None,
+        None, None, None,
+    )
+
+
+def _first(t: torch.Tensor, dim: Optional[int], size: int) -> torch.Tensor:
+    """The mapped dimension in front, of its full size."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _into_channels(t: torch.Tensor) -> torch.Tensor:
+    """(N, B, C, H, W) → (B, N * C, H, W)."""
+    return t.movedim(0, 1).flatten(1, 2)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, backend):
+        return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, backend)
+
+    setup_context = staticmethod(_conv_context)
+    backward = staticmethod(_conv_backward)
+
+    @staticmethod
+    def jvp(ctx, dx, dweight, dbias, _):
+        x, weight = ctx.saved_tensors
+        terms = [] if dx is None else [_Conv.apply(dx, weight, None, ctx.backend)]
+        terms += [] if dweight is None else [_Conv.apply(x, dweight, None, ctx.backend)]
+        terms += [] if dbias is None else [dbias[:, None, None].expand_as(x)]
+        return sum(terms)
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight, bias, backend):
+        n = info.batch_size
+        if in_dims[1] is None and in_dims[2] is None:
+            y = _Conv.apply(x.movedim(in_dims[0], 0).flatten(0, 1), weight, bias, backend)
+            return y.unflatten(0, (n, -1)), 0
+        x, weight = _first(x, in_dims[0], n), _first(weight, in_dims[1], n)
+        bias = None if bias is None else _first(bias, in_dims[2], n).flatten()
+        y = _Conv.apply(_into_channels(x), weight.flatten(0, 1), bias, backend)  # (B, N * C, H, W)
+        return y.unflatten(1, (n, -1)), 1
+
+
+class _Corr(torch.autograd.Function):
+    @staticmethod
+    def forward(grad, x, k, l, backend):
+        return torch.ops.timm_smpconv.depthwise_corr2d(grad, x, k, l, backend)
+
+    setup_context = staticmethod(_corr_context)
+    backward = staticmethod(_corr_backward)
+
+    @staticmethod
+    def jvp(ctx, dgrad, dx, *_):
+        grad, x = ctx.saved_tensors
+        terms = [] if dgrad is None else [_Corr.apply(dgrad, x, ctx.k, ctx.l, ctx.backend)]
+        terms += [] if dx is None else [_Corr.apply(grad, dx, ctx.k, ctx.l, ctx.backend)]
+        return sum(terms)
+
+    @staticmethod
+    def vmap(info, in_dims, grad, x, k, l, backend):
+        n = info.batch_size
+        grad, x = _first(grad, in_dims[0], n), _first(x, in_dims[1], n)
+        dw = _Corr.apply(_into_channels(grad), _into_channels(x), k, l, backend)  # (N * C, 1, K, L)
+        return dw.unflatten(0, (n, -1)), 0
+
+
+_conv_op.register_autograd(_conv_backward, setup_context=_conv_context)
+_corr_op.register_autograd(_corr_backward, setup_context=_corr_context)
