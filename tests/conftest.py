@@ -10,6 +10,13 @@ MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51'
 # Largest difference allowed, relative to the largest magnitude expected.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
+LAYOUTS = {
+    'contiguous': torch.Tensor.contiguous,
+    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+    'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    'strided': lambda x: torch.stack([x, x + 1], -1)[..., 0],
+}
+
 
 def difference(actual, expected):
     """Largest difference relative to the largest expected magnitude."""

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from timm.utils import reparameterize_model
 
 from timm_smpconv import CheckpointError
-from timm_smpconv.checkpoint import checkpoint_filter_fn
+from timm_smpconv.checkpoint import checkpoint_filter_fn, read_checkpoint
 
 
 def save_as_the_authors_do(path, ema, model=None):
@@ -84,7 +84,8 @@ def test_filter_takes_every_wrapping(wrap, mobile):
 
 def test_filter_leaves_our_own_layout_alone(model):
     state = model.state_dict()
-    assert checkpoint_filter_fn(state, model).keys() == state.keys()
+    out = checkpoint_filter_fn(state, model)
+    assert out.keys() == state.keys() and all(torch.equal(out[k], v) for k, v in state.items())
 
 
 @pytest.mark.parametrize('suffix', ['pth', 'pt', 'pth.tar', 'safetensors'])
@@ -122,9 +123,9 @@ class Payload:
         return os.system, (f'touch {self.path}',)
 
 
-def truncated(path):
+def truncated(path, part=0.5):
     data = path.read_bytes()
-    path.write_bytes(data[:len(data) // 2])
+    path.write_bytes(data[:int(len(data) * part)])
 
 
 @pytest.mark.parametrize('kind', [
@@ -157,6 +158,24 @@ def test_a_file_that_is_no_checkpoint_is_named_and_not_run(kind, tmp_path, model
     assert not witness.exists()
 
 
+@pytest.mark.parametrize('legacy', [False, True])
+def test_a_file_cut_or_damaged_anywhere_is_named(legacy, tmp_path):
+    path = tmp_path / 'cut.pth'
+    torch.save({'state_dict': {'a': torch.zeros(2), 'b.c': torch.ones(3)}}, path, _use_new_zipfile_serialization=not legacy)
+    data = path.read_bytes()
+    step = max(1, len(data) // 150)
+    for length in range(0, len(data) - 1, step):
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match='file must hold weights alone'):
+            read_checkpoint(str(path))
+    for position in range(0, min(len(data), 1500), 7):
+        path.write_bytes(data[:position] + b'\xff\x80\x2e' + data[position + 3:])
+        try:
+            read_checkpoint(str(path))
+        except CheckpointError as error:
+            assert str(path) in str(error)
+
+
 def without(sd, key):
     return {k: v for k, v in sd.items() if k != key}
 
@@ -170,7 +189,8 @@ RADIUS = 'stages.1.blocks.0.large_kernel.smp.conv.radius'
     (lambda sd: dict(without(sd, 'stem.0.bn.bias'), extra=torch.zeros(1)), r'1 missing \(stem.0.bn.bias\) and 1 extra'),
     (lambda sd: dict(sd, **{'norm.weight': torch.zeros(3)}), r'head.norm.weight \(3,\) instead of \(320,\)'),
     (lambda sd: dict(sd, **{RADIUS: torch.zeros_like(sd[RADIUS])}), 'radius must be positive everywhere.* 0.0'),
-    (lambda sd: dict(sd, epoch=3), "state_dict must hold tensors alone, got 'epoch': int"),
+    (lambda sd: dict(sd, **{RADIUS: sd[RADIUS].flatten()}), r'kernel.radius \(105,\) instead of \(1, 105\)'),
+    (lambda sd: dict(sd, **{'stem.1.bn.bias': 3}), "state_dict must hold tensors alone, got 'stem.1.bn.bias': int"),
     (lambda sd: {}, 'missing'),
     (lambda sd: {'state_dict': {}}, 'missing'),
 ])
@@ -192,6 +212,17 @@ def test_nothing_is_loaded_from_a_state_dict_that_does_not_fit(strict, model):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize('strict', [True, False])
+def test_a_radius_that_is_not_positive_is_never_loaded(strict, model):
+    key = 'stages.0.blocks.0.dwconv.large.conv.kernel.radius'
+    before = model.state_dict()[key].clone()
+    for value in (-1., 0., float('nan')):
+        state = dict(model.state_dict(), **{key: torch.full_like(before, value)})
+        with pytest.raises(CheckpointError, match='radius must be positive everywhere, got a minimum of'):
+            model.load_state_dict(state, strict=strict)
+    assert torch.equal(model.state_dict()[key], before)
+
+
 def test_strict_false_loads_what_is_there(model):
     result = model.load_state_dict({'head.fc.bias': torch.ones(10), 'other': torch.ones(1)}, strict=False)
     assert result.unexpected_keys == ['other'] and 'stem.0.conv.weight' in result.missing_keys
@@ -199,7 +230,7 @@ def test_strict_false_loads_what_is_there(model):
 
 
 def test_the_authors_layout_without_the_filter_says_what_to_do(mobile):
-    with pytest.raises(CheckpointError, match='this is the layout of the authors: load it through checkpoint_filter_fn'):
+    with pytest.raises(CheckpointError, match='layout of the authors: load it through checkpoint_filter_fn'):
         timm.create_model('smpconv_mobile31').load_state_dict(mobile)
 
 
@@ -215,6 +246,11 @@ def test_merged_and_unmerged_checkpoints_are_not_mixed_up(tmp_path, model, image
             model.load_state_dict(merged.state_dict(), strict=strict)
         with pytest.raises(CheckpointError, match=into_merged):
             merged.load_state_dict(model.state_dict(), strict=strict)
+    within = torch.nn.Sequential(model)  # as a part of something larger
+    state = {f'0.{k}': v for k, v in merged.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=into_unmerged):
+            within.load_state_dict(state, strict=strict)
     for num_classes in (10, 4):
         with pytest.raises(CheckpointError, match=into_unmerged):
             small_model(

@@ -18,7 +18,8 @@ def test_demo_trains_merges_and_writes(tmp_path, capfd):
     torch.manual_seed(1)  # the demo seeds itself
     assert main(['demo', '--epochs', '1', '--seed', '3', '--out', str(tmp_path / 'out')]) == 0
     out, err = capfd.readouterr()
-    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['kernels.png', 'merged.safetensors', 'model.safetensors']
+    files = ['kernels.png', 'merged.safetensors', 'model.safetensors']
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == files
     with Image.open(tmp_path / 'out' / 'kernels.png') as picture:
         assert picture.size[0] > 500 and len(picture.convert('L').getcolors()) > 50
     assert '44/44' in err and 'epoch 1/1' in err  # 1,437 images in whole batches of 32
@@ -50,7 +51,9 @@ def test_an_interrupt_ends_cleanly(tmp_path):
 
 
 @pytest.mark.parametrize('arguments,message', [
-    (['demo', '--epochs', '0'], 'argument --epochs: must be at least 1, got 0'),
+    (['demo', '--epochs', '0'], "argument --epochs: must be an integer from 1 to 10000, got '0'"),
+    (['demo', '--epochs', 'x'], "argument --epochs: must be an integer from 1 to 10000, got 'x'"),
+    (['demo', '--seed', '-1'], "argument --seed: must be an integer from 0 to 4294967295, got '-1'"),
     (['demo', '--model', 'resnet50'], "argument --model: invalid choice: 'resnet50'"),
     ([], 'the following arguments are required: command'),
 ])
@@ -61,10 +64,13 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_output_that_is_a_file_is_refused_before_training(tmp_path, capsys):
+@pytest.mark.parametrize('out', ['out', 'out/below'])
+def test_an_output_that_is_a_file_is_refused_before_training(out, tmp_path, capsys):
     (tmp_path / 'out').touch()
-    assert main(['demo', '--out', str(tmp_path / 'out')]) == 1
-    assert 'out must be a folder, got the file' in capsys.readouterr().err
+    assert main(['demo', '--out', str(tmp_path / out)]) == 1
+    captured = capsys.readouterr()
+    assert '--out must be a folder that can be written' in captured.err and captured.out == ''
+    assert [p.name for p in tmp_path.iterdir()] == ['out']
 
 
 def test_picture_shows_a_point_where_its_kernel_is(tmp_path):

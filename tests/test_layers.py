@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import TOLERANCE, difference, shake_norms
+from conftest import LAYOUTS, TOLERANCE, difference, shake_norms
 from reference import conv_loop, kernel_loop
 from timm.utils import reparameterize_model
 
@@ -11,15 +11,6 @@ from timm_smpconv import RepSMPConv2d, SMPConv2d, SMPKernel
 from timm_smpconv.layers import ConvNorm, NormClassifierHead
 
 
-def strided(x):
-    return torch.stack([x, x + 1], -1)[..., 0]
-
-
-LAYOUTS = {
-    'contiguous': torch.Tensor.contiguous,
-    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
-    'strided': strided,
-}
 SHAPES = [  # (C, kernel_size, stride, padding, H, W)
     (3, 7, 1, 3, 9, 12),
     (1, 3, 1, 1, 1, 1),
@@ -53,13 +44,15 @@ def test_smp_conv2d_takes_the_place_of_a_depthwise_conv2d():
         ((6, 6, 7), dict(padding=3, groups=6)),
         ((6, 6, 5, 2, 2, 1, 6), {}),
         ((6, 6, (3, 5)), dict(groups=6, bias=False)),
+        ((6, 6, 5), dict(padding='same', groups=6, padding_mode='zeros')),
+        ((6, 6, 5), dict(padding='valid', groups=6)),
     ]
     x = torch.randn(2, 6, 11, 10)
     for args, kwargs in arguments:
         conv, smp = nn.Conv2d(*args, **kwargs), SMPConv2d(*args, **kwargs)
         assert smp(x).shape == conv(x).shape
         assert (smp.bias is None) == (conv.bias is None)
-        for name in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups'):
+        for name in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'dilation', 'groups'):
             assert getattr(smp, name) == getattr(conv, name)
 
 
@@ -150,7 +143,7 @@ def test_a_classifier_of_its_own_keeps_its_norm_before_it():
 @pytest.mark.parametrize('module', [
     SMPConv2d(4, 4, 5), RepSMPConv2d(4, 7), ConvNorm(nn.Conv2d(3, 4, 1)), NormClassifierHead(8, 5)])
 def test_merging_in_training_mode_is_refused(module):
-    with pytest.raises(RuntimeError, match='merges in evaluation mode only, got a module in training mode: call eval()'):
+    with pytest.raises(RuntimeError, match='merges in evaluation mode only, got a module in training mode'):
         module.train().fuse()
 
 
@@ -177,6 +170,9 @@ def test_a_batchnorm_without_statistics_cannot_merge():
     (lambda: SMPConv2d(4, 8, 5), 'out_channels must equal in_channels = 4 .*got 8'),
     (lambda: SMPConv2d(4, 4, 5, groups=1), 'groups must equal in_channels = 4 .*got 1'),
     (lambda: SMPConv2d(4, 4, 5, dilation=2), 'dilation must be 1.*got 2'),
+    (lambda: SMPConv2d(4, 4, 5, padding_mode='circular'), "padding_mode must be 'zeros', got 'circular'"),
+    (lambda: SMPConv2d(4, 4, 5, padding='full'), "padding must be numbers, 'valid' or, at stride 1, 'same', got 'full'"),
+    (lambda: SMPConv2d(4, 4, 5, stride=2, padding='same'), 'padding must be'),
     (lambda: SMPConv2d(4, 4, 5, points=0), 'points must be at least 1, got 0'),
     (lambda: SMPConv2d(4, 4, 5, radius=-0.1), 'radius must be positive, got -0.1'),
     (lambda: RepSMPConv2d(4, 5, small_kernel=7), r'small_kernel must not be larger than kernel_size = \(5, 5\), got'),

@@ -27,6 +27,7 @@ def test_merged_logits_and_what_is_left(name):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     merged = reparameterize_model(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m.training for m in merged.modules())
     for part in (merged.stem, merged.stages):
         assert leaves(part) <= {'Conv2d', 'DepthwiseConv2d', 'ReLU', 'GELU', 'Identity'}
     assert not any(isinstance(m, (nn.modules.batchnorm._BatchNorm, SMPKernel)) for m in merged.modules())
@@ -71,7 +72,8 @@ def test_bfloat16(model, images):
     assert difference(late(images.bfloat16()), expected) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=0), dict(num_classes=0, global_pool=''), dict(global_pool='max')])
+@pytest.mark.parametrize(
+    'kwargs', [{}, dict(num_classes=0), dict(num_classes=0, global_pool=''), dict(global_pool='max')])
 def test_save_and_reload(images, tmp_path, kwargs):
     merged = reparameterize_model(small_model(**kwargs))
     expected = merged(images)
@@ -90,8 +92,8 @@ def test_a_merged_checkpoint_without_its_classifier_gives_the_features(model, im
     merged = reparameterize_model(model)
     assert difference(merged.forward_head(merged.forward_features(images), pre_logits=True), expected) < 1e-5
     torch.save(merged.state_dict(), tmp_path / 'merged.pth')
-    encoder = small_model(
-        num_classes=0, inference_mode=True, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'merged.pth')))
+    overlay = dict(file=str(tmp_path / 'merged.pth'))
+    encoder = small_model(num_classes=0, inference_mode=True, pretrained=True, pretrained_cfg_overlay=overlay)
     assert difference(encoder(images), expected) < TOLERANCE[torch.float32]
     merged.reset_classifier(0)
     assert difference(merged(images), expected) < TOLERANCE[torch.float32]

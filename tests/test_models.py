@@ -286,6 +286,11 @@ def test_arguments_of_the_caller_win():
     (dict(dims=(8, 16, 32)), r'dims must be four integers.*got \(8, 16, 32\)'),
     (dict(depths=(1, 0, 1, 1)), r'depths must be four integers.*got \(1, 0, 1, 1\)'),
     (dict(small_kernel=15), r'small_kernel must not be larger than kernel_size = \(13, 13\)'),
+    (dict(points=7), 'points must be four integers.*got 7'),
+    (dict(kernel_sizes=31), 'kernel_sizes must be four integers.*got 31'),
+    (dict(points_divisor=0), 'points_divisor must be at least 1 .*got 0'),
+    (dict(points_divisor=1000), 'points_divisor must be .* leave a point in every kernel, got 1000'),
+    (dict(mlp_ratio=0), 'mlp_ratio must leave a hidden channel in every stage, got 0'),
     (dict(in_chans=0), 'in_chans must be at least 1, got 0'),
     (dict(num_classes=-1), 'num_classes must be 0 .*got -1'),
 ])
@@ -296,7 +301,7 @@ def test_bad_arguments_are_named(kwargs, message):
 
 @pytest.mark.parametrize('shape', [(1, 3, 31, 64), (1, 3, 64, 16), (1, 4, 64, 64), (3, 64, 64)])
 def test_bad_images_are_named(model, shape):
-    for call in (model, model.forward_features, model.forward_intermediates):
+    for call in (model, model.forward_features, model.forward_intermediates, small_model(features_only=True)):
         with pytest.raises(ValueError, match=r'x must be \(B, 3, H, W\) with H and W at least 32'):
             call(torch.randn(shape))
 

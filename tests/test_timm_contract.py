@@ -13,7 +13,8 @@ import pytest
 import timm
 from conftest import MODELS
 
-PER_MODEL = 10  # forward, backward, cfg, TorchScript, features (2 ways), intermediates, FX forward, backward and scripted
+# Forward, backward, cfg, TorchScript, features in two ways, intermediates, FX forward, backward and scripted.
+PER_MODEL = 10
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def timm_tests(tmp_path):
             target.write_bytes(member.read())
     models = tmp_path / 'timm' / 'tests' / 'test_models.py'
     # timm lists by file which models it tests for forward_intermediates: ours is one of them.
-    text, count = re.subn(r'^FEAT_INTER_FILTERS = \[', "FEAT_INTER_FILTERS = ['smpconv', ", models.read_text(), flags=re.M)
+    text, count = re.subn(
+        r'^FEAT_INTER_FILTERS = \[', "FEAT_INTER_FILTERS = ['smpconv', ", models.read_text(), flags=re.M)
     assert count == 1
     models.write_text(text)
     return tmp_path / 'timm'

@@ -2,7 +2,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import Callable, List, Optional
 
 import timm
 
@@ -18,30 +18,32 @@ def _parser() -> argparse.ArgumentParser:
         'demo', help='train on real handwritten digits, merge, and show what changed',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     demo.add_argument('--model', default='smpconv_mobile31', choices=timm.list_models('smpconv*'))
-    demo.add_argument('--epochs', type=_positive, default=12)
-    demo.add_argument('--seed', type=int, default=42)
-    demo.add_argument('--out', type=Path, default=Path('smpconv-demo'), help='folder for the checkpoints and the picture')
+    demo.add_argument('--epochs', type=_integer(1, 10_000), default=12)
+    demo.add_argument('--seed', type=_integer(0, 2 ** 32 - 1), default=42)
+    demo.add_argument('--out', type=Path, default=Path('smpconv-demo'), help='folder for checkpoints and picture')
     demo.set_defaults(run=_demo)
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
-    return value
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.lstrip('-').isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f'must be an integer from {low} to {high}, got {text!r}')
+        return int(text)
+
+    return parse
 
 
 def _demo(args: argparse.Namespace) -> int:
     try:
         from .demo import run  # needs the extra `demo`
     except ModuleNotFoundError as error:
-        print(f'timm-smpconv demo: {error.name} is missing: pip install "timm-smpconv[demo]"', file=sys.stderr)
+        print(f'timm-smpconv demo: {error.name} is missing; it comes with the extra "demo"', file=sys.stderr)
         return 1
     try:
         run(args.model, args.epochs, args.seed, args.out)
-    except NotADirectoryError as error:
-        print(f'timm-smpconv demo: {error}', file=sys.stderr)
+    except OSError as error:
+        print(f'timm-smpconv demo: --out must be a folder that can be written: {error}', file=sys.stderr)
         return 1
     return 0
 

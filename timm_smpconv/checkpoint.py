@@ -1,14 +1,12 @@
 """Checkpoints: reading a file, the authors' layout turned into ours, and plain words when one does not fit a model."""
-import pickle
 import re
-from typing import Any, Dict, Iterable, List, Mapping
+from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from timm.models import clean_state_dict, load_state_dict
 
-__all__ = ['CheckpointError', 'check_fit', 'checkpoint_filter_fn', 'read_checkpoint']
+__all__ = ['CheckpointError', 'check_fit', 'checkpoint_filter_fn', 'merge_mismatch', 'read_checkpoint']
 
 # Keys of the authors' ImageNet code (smp_imagenet/models/SMPConv.py), applied in order; `None` drops the entry.
 _RENAMES = (
@@ -24,6 +22,7 @@ _RENAMES = (
     (r'^head\.(weight|bias)$', r'head.fc.\1'),
 )
 _CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
+_ADAPTED = ('stem.0.conv.weight', *_CLASSIFIER)  # timm fits these to other in_chans and num_classes after the filter
 
 
 class CheckpointError(RuntimeError):
@@ -40,10 +39,10 @@ def read_checkpoint(path: str) -> Dict[str, torch.Tensor]:
         return load_state_dict(path, weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f'file must be an existing checkpoint, got {path!r}, where no file is') from error
-    except (AttributeError, EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # a damaged file breaks the readers in many ways: struct.error, IndexError, KeyError, …
         raise CheckpointError(
             f'file must hold weights alone (.pth, .pt, .pth.tar or .safetensors, whole, without pickled code), got '
-            f'{path!r}, which cannot be read as such; nothing in it was run: {type(error).__name__}: {error}') from error
+            f'{path!r}, which cannot be read so; nothing in it was run: {type(error).__name__}: {error}') from error
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -53,7 +52,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     without a leading `module.`. The classifier may be missing, extra or of another size: timm adapts it.
 
     Raises:
-        CheckpointError: Keys are missing or too many, a radius is not positive, or one of checkpoint and model is merged.
+        CheckpointError: Keys are missing or too many, a shape is wrong, a value is no tensor, a radius is not positive,
+            or only one of checkpoint and model is merged.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
         if isinstance(state_dict.get(wrapper), Mapping):
@@ -64,14 +64,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
         key = _rename(key)
         if key is None:
             continue
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f'state_dict must hold tensors alone, got {key!r}: {type(value).__name__}')
-        if key.endswith('.kernel.radius'):
+        if key.endswith('.kernel.radius') and isinstance(value, torch.Tensor) and value.ndim == 4:
             value = value.flatten(1)  # (1, P, 1, 1) → (1, P)
-            if value.device.type != 'meta' and not bool((value > 0).all()):
-                raise CheckpointError(f'{key} must be positive everywhere, got a minimum of {value.min().item()}')
         out[key] = value
-    _check_keys(out, model.state_dict(), ignore=_CLASSIFIER)
+    expected = model.state_dict()
+    _check_keys(out, expected, ignore=_CLASSIFIER)
+    _check_values(out, {k: v for k, v in expected.items() if k not in _ADAPTED})
     return out
 
 
@@ -81,11 +79,7 @@ def check_fit(state_dict: Mapping[str, Any], expected: Mapping[str, torch.Tensor
         _check_keys(state_dict, expected)
     else:
         _check_merged(state_dict, expected)
-    wrong = [
-        f'{k} {tuple(v.shape)} instead of {tuple(expected[k].shape)}'
-        for k, v in state_dict.items() if k in expected and v.shape != expected[k].shape]
-    if wrong:
-        raise CheckpointError(f'state_dict must have the shapes of the model, got {_some(wrong)}')
+    _check_values(state_dict, expected)
 
 
 def _rename(key: str) -> str:
@@ -96,6 +90,19 @@ def _rename(key: str) -> str:
         else:
             key = re.sub(pattern, replacement, key)
     return key
+
+
+def _check_values(state_dict: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> None:
+    for key, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f'state_dict must hold tensors alone, got {key!r}: {type(value).__name__}')
+        if key.endswith('.kernel.radius') and not value.is_meta and not bool((value > 0).all()):
+            raise CheckpointError(f'{key} must be positive everywhere, got a minimum of {value.min().item()}')
+    wrong = [
+        f'{k} {tuple(v.shape)} instead of {tuple(expected[k].shape)}'
+        for k, v in state_dict.items() if k in expected and v.shape != expected[k].shape]
+    if wrong:
+        raise CheckpointError(f'state_dict must have the shapes of the model, got {_some(wrong)}')
 
 
 def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Iterable[str] = ()) -> None:
@@ -111,17 +118,23 @@ def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Iterable[s
 
 
 def _check_merged(keys: Iterable[str], expected: Iterable[str]) -> None:
-    merged, model_merged = _is_merged(keys), _is_merged(expected)
+    sentence = merge_mismatch(_is_merged(keys), _is_merged(expected))
+    if sentence:
+        raise CheckpointError(sentence)
+
+
+def merge_mismatch(merged: Optional[bool], model_merged: Optional[bool]) -> Optional[str]:
+    """What to do where one of checkpoint and model is merged and the other is not; None where that is not so."""
     if merged and model_merged is False:
-        raise CheckpointError(
-            'state_dict is of a merged model and this model is not merged: create the model with inference_mode=True')
+        return 'state_dict is of a merged model and this model is not merged: create the model with inference_mode=True'
     if merged is False and model_merged:
-        raise CheckpointError(
+        return (
             'state_dict is of an unmerged model and this model is merged: load it into a model created without '
             'inference_mode, then merge that with timm.utils.reparameterize_model(model.eval())')
+    return None
 
 
-def _is_merged(keys: Iterable[str]) -> bool:
+def _is_merged(keys: Iterable[str]) -> Optional[bool]:
     """Whether the keys are of a merged model; None if they tell neither."""
     if any(k.endswith('.dwconv.weight') for k in keys):
         return True

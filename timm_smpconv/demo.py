@@ -3,9 +3,11 @@
 Shapes: images (B, 1, 32, 32), logits (B, 10).
 """
 import statistics
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import timm
 import torch
@@ -56,7 +58,8 @@ def _loaders() -> Tuple[torch.utils.data.DataLoader, torch.utils.data.DataLoader
             dataset, shared['input_size'], BATCH_SIZE, is_training=training, use_prefetcher=False, num_workers=0,
             persistent_workers=False)
         dataset.transform = create_transform(
-            is_training=training, scale=(0.75, 1.), ratio=(0.9, 1.1), hflip=0., color_jitter=None, crop_pct=1., **shared)
+            is_training=training, train_crop_mode='rkrr', scale=(0.7, 1.4), ratio=(0.8, 1.25), hflip=0.,
+            color_jitter=None, crop_pct=1., **shared)
         loaders.append(loader)
     return loaders[0], loaders[1]
 
@@ -127,10 +130,32 @@ def run(name: str, epochs: int, seed: int, out: Path) -> float:
 
     Returns:
         Held-out accuracy of the merged model.
+
+    Raises:
+        OSError: `out` is no folder that can be written; found before training.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f'out must be a folder, got the file {out}')
+    with _written_whole(Path(out)) as folder:
+        return _run(name, epochs, seed, Path(out), folder)
+
+
+@contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    """A folder whose files move to `out` at the end; what fails or is interrupted leaves nothing."""
+    made = [p for p in (out, *out.parents) if not p.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            yield Path(folder)
+            for file in Path(folder).iterdir():
+                file.replace(out / file.name)
+    except BaseException:
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+def _run(name: str, epochs: int, seed: int, out: Path, folder: Path) -> float:
     random_seed(seed)
     train, held_out = _loaders()
     model = timm.create_model(name, num_classes=10, in_chans=1).to(memory_format=torch.channels_last)
@@ -157,11 +182,10 @@ def run(name: str, epochs: int, seed: int, out: Path) -> float:
         print(f'{label:10}{_accuracy(z, labels):>10.2%}{parameters:>12,}{times}')
 
     figure = draw_kernels([('before', list(before.values())), ('after', list(after.values()))], list(before))
-    out.mkdir(parents=True, exist_ok=True)
     for file, network in (('model.safetensors', model), ('merged.safetensors', merged)):
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, out / file)
-    figure.savefig(out / 'kernels.png', dpi=120)
-    print(f'wrote model.safetensors, merged.safetensors and kernels.png to {out}{"/" if str(out) != "/" else ""}; to load:')
+        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, folder / file)
+    figure.savefig(folder / 'kernels.png', dpi=120)
+    print(f'wrote model.safetensors, merged.safetensors and kernels.png to {out}/; to load:')
     arguments = f'"{name}", num_classes=10, in_chans=1'
     print(f'  timm.create_model({arguments}, checkpoint_path="{out / "model.safetensors"}")')
     print(f'  timm.create_model({arguments}, inference_mode=True, checkpoint_path="{out / "merged.safetensors"}")')

@@ -106,10 +106,12 @@ def render_kernel(
             f'coords must be (G, P, D) with D = {len(size)}, the length of size {tuple(size)}, '
             f'got shape {tuple(coords.shape)}')
     if radius.shape != coords.shape[:2]:
-        raise ValueError(f'radius must be (G, P) = {tuple(coords.shape[:2])} as coords, got shape {tuple(radius.shape)}')
+        raise ValueError(
+            f'radius must be (G, P) = {tuple(coords.shape[:2])} as coords, got shape {tuple(radius.shape)}')
     if weight.ndim != 3 or weight.shape[0] != coords.shape[0] or weight.shape[2] != coords.shape[1]:
         raise ValueError(
-            f'weight must be (G, C, P) with G, P = {tuple(coords.shape[:2])} as coords, got shape {tuple(weight.shape)}')
+            f'weight must be (G, C, P) with G, P = {tuple(coords.shape[:2])} as coords, '
+            f'got shape {tuple(weight.shape)}')
     # The value itself cannot be looked at while a graph is captured.
     if not torch.compiler.is_compiling() and radius.device.type != 'meta' and not bool((radius > 0).all()):
         raise ValueError(f'radius must be positive everywhere, got a minimum of {radius.detach().min().item()}')
@@ -135,9 +137,9 @@ class SMPKernel(nn.Module):
         groups: Groups G, each with points of its own.
         average: See `render_kernel`.
         radius: Start value of all radii, positive; by default (2 / K) * D (appendix, 1.1) with the smallest K above 1,
-            so that a point lies in reach of a sample wherever it starts, and at most 1.
-        coords_std: Standard deviation of the truncated normal in [-1, 1] from which positions start; the paper takes 0.2
-            for ImageNet and 0.05 for CIFAR-10.
+            and at most 1. From K = 3 on a point lies in reach of a sample wherever it starts.
+        coords_std: Standard deviation of the truncated normal in [-1, 1] from which positions start; the paper takes
+            0.2 for ImageNet and 0.05 for CIFAR-10.
 
     Attributes:
         coords: (G, P, D).

@@ -2,11 +2,11 @@
 
 Shapes: B batch, C channels, H and W height and width, K kernel size.
 
-Every module with a `fuse` method follows timm's protocol (`timm.utils.reparameterize_model`): it returns the module that
-takes its place. It needs evaluation mode, leaves itself unchanged, and computes in float64 where the device has it.
+Every module with a `fuse` method follows timm's protocol (`timm.utils.reparameterize_model`): it returns the module
+that takes its place. It needs evaluation mode, leaves itself unchanged, and computes in float64 where the device has it.
 """
 from collections import OrderedDict
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Optional, Tuple, Type, Union
 
 import torch
@@ -41,17 +41,18 @@ class DepthwiseConv2d(nn.Conv2d):
 class SMPConv2d(nn.Module):
     """Depthwise convolution with an SMP kernel whose points all channels share; a drop-in for a depthwise `nn.Conv2d`.
 
-    (B, C, H, W) → (B, C, H', W'). The first seven arguments stand where those of `nn.Conv2d` stand.
+    (B, C, H, W) → (B, C, H', W'). The positional arguments are those of `nn.Conv2d`.
 
     Args:
         in_channels: C.
         out_channels: Must equal in_channels.
         kernel_size: Odd.
         stride: As in `nn.Conv2d`.
-        padding: As in `nn.Conv2d`: 0 by default; kernel_size // 2 keeps the size at stride 1.
+        padding: As in `nn.Conv2d`: 0 by default; kernel_size // 2 or 'same' keeps the size at stride 1; 'valid' is 0.
         dilation: Must be 1; an SMP kernel is rendered at any size instead.
         groups: Must equal in_channels, which is the default.
         bias: Learn a bias per channel.
+        padding_mode: Must be 'zeros'.
         points: Number of points, K * K // 4 by default.
         radius: See `SMPKernel`.
         coords_std: See `SMPKernel`.
@@ -63,10 +64,11 @@ class SMPConv2d(nn.Module):
             out_channels: int,
             kernel_size: _int_or_pair,
             stride: _int_or_pair = 1,
-            padding: _int_or_pair = 0,
+            padding: Union[str, _int_or_pair] = 0,
             dilation: _int_or_pair = 1,
             groups: Optional[int] = None,
             bias: bool = True,
+            padding_mode: str = 'zeros',
             *,
             points: Optional[int] = None,
             radius: Optional[float] = None,
@@ -83,9 +85,15 @@ class SMPConv2d(nn.Module):
             raise ValueError(f'groups must equal in_channels = {in_channels} (depthwise), got {groups}')
         if to_2tuple(dilation) != (1, 1):
             raise ValueError(f'dilation must be 1: render a larger kernel_size instead, got {dilation}')
+        if padding_mode != 'zeros':
+            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
         self.in_channels = self.out_channels = self.groups = in_channels
         self.kernel_size = _check_odd('kernel_size', kernel_size)
         self.stride = to_2tuple(stride)
+        if isinstance(padding, str):
+            if padding not in ('same', 'valid') or (padding == 'same' and self.stride != (1, 1)):
+                raise ValueError(f"padding must be numbers, 'valid' or, at stride 1, 'same', got {padding!r}")
+            padding = tuple(k // 2 for k in self.kernel_size) if padding == 'same' else 0
         self.padding = to_2tuple(padding)
         self.dilation = (1, 1)
         self.keeps_size = _keeps_size(self)
@@ -146,7 +154,7 @@ class ConvNorm(nn.Module):
         """An `nn.Conv2d`, or an `nn.Sequential` with the children `conv` and `act`."""
         _refuse_training(self)
         conv = _plain_conv(self.conv, *self.folded())
-        return conv if isinstance(self.act, nn.Identity) else nn.Sequential(OrderedDict(conv=conv, act=self.act))
+        return conv if isinstance(self.act, nn.Identity) else nn.Sequential(OrderedDict(conv=conv, act=self.act)).eval()
 
 
 class RepSMPConv2d(nn.Module):
@@ -176,7 +184,8 @@ class RepSMPConv2d(nn.Module):
         if small[0] > large[0] or small[1] > large[1]:
             raise ValueError(f'small_kernel must not be larger than kernel_size = {large}, got {small}')
         padding = (large[0] // 2, large[1] // 2)
-        self.large = ConvNorm(SMPConv2d(channels, channels, large, padding=padding, bias=False, points=points, **dd), **dd)
+        conv = SMPConv2d(channels, channels, large, padding=padding, bias=False, points=points, **dd)
+        self.large = ConvNorm(conv, **dd)
         self.small = ConvNorm(DepthwiseConv2d(channels, small, bias=False, **dd), **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -195,11 +204,11 @@ class RepSMPConv2d(nn.Module):
 class NormClassifierHead(nn.Module):
     """BatchNorm, global pooling, dropout and a linear classifier.
 
-    (B, C, H, W) → (B, num_classes). With num_classes = 0 or `pre_logits`, (B, C). Without pooling the classifier is a 1×1
-    convolution and H and W remain.
+    (B, C, H, W) → (B, num_classes). With num_classes = 0 or `pre_logits`, (B, C). Without pooling the classifier is a
+    1×1 convolution and H and W remain.
 
-    Merged, the BatchNorm is folded into `fc` where that is exact: no pooling, or average pooling, which is linear. `norm`
-    then is the 1×1 depthwise convolution it equals, frozen, so that features stay what they were before merging.
+    Merged, the BatchNorm is folded into `fc` where that is exact: no pooling, or average pooling, which is linear.
+    `norm` then is the 1×1 depthwise convolution it equals, frozen, so that features stay what they were before merging.
     """
 
     def __init__(
@@ -264,18 +273,24 @@ class NormClassifierHead(nn.Module):
             self.in_features, self.in_features, 1, groups=self.in_features,
             device='meta', dtype=self.norm.running_var.dtype)
         merged.norm = _plain_conv(depthwise, scale.reshape(-1, 1, 1, 1), shift).requires_grad_(False)
-        return merged
+        return merged.eval()
 
 
 def fuse_pointwise(block: nn.Module) -> nn.Module:
-    """A copy of a block `x + drop_path(pw2(… pw1(norm(x))))` with its BatchNorms folded into `pw1` and `pw2`."""
+    """A copy of a block `x + drop_path(pw2(… pw1(norm(x))))` with its BatchNorms folded into `pw1` and `pw2`.
+
+    Its other children are shared with the block.
+    """
     _refuse_training(block)
-    merged = deepcopy(block)
-    merged.pw1 = _plain_conv(block.pw1.conv, *_fold_norm_before(block.norm, *block.pw1.folded()))
-    merged.pw2 = block.pw2.fuse()
-    merged.norm = nn.Identity()
-    merged.drop_path = nn.Identity()
-    return merged
+    merged = copy(block)
+    merged._modules = dict(
+        block._modules,
+        norm=nn.Identity(),
+        pw1=_plain_conv(block.pw1.conv, *_fold_norm_before(block.norm, *block.pw1.folded())),
+        pw2=block.pw2.fuse(),
+        drop_path=nn.Identity(),
+    )
+    return merged.eval()
 
 
 def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
@@ -295,8 +310,8 @@ def _keeps_size(conv: Union[nn.Conv2d, SMPConv2d]) -> bool:
 def _refuse_training(module: nn.Module) -> None:
     if module.training:
         raise RuntimeError(
-            f'{type(module).__name__} merges in evaluation mode only, got a module in training mode: call eval() on the '
-            'model first')
+            f'{type(module).__name__} merges in evaluation mode only, got a module in training mode: '
+            'call eval() on the model first')
 
 
 def _exact(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -319,7 +334,7 @@ def _fold_norm_before(
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Weight (O, I) or (O, I, 1, 1) and bias (O,) of `layer(bn(x))` as one layer; exact where the layer pads nothing."""
+    """Weight (O, I) or (O, I, 1, 1) and bias (O,) of `layer(bn(x))` as one layer; exact where it pads nothing."""
     scale, shift = _affine(bn)
     moved = weight.flatten(1) @ shift
     merged = (weight.flatten(1) * scale).reshape(weight.shape)
@@ -333,8 +348,8 @@ def _plain_conv(conv: Union[nn.Conv2d, SMPConv2d], weight: torch.Tensor, bias: O
         plain = DepthwiseConv2d(conv.in_channels, conv.kernel_size, bias=bias is not None, device='meta')
     else:
         plain = nn.Conv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-            bias=bias is not None, device='meta')
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, bias=bias is not None, device='meta')
     plain.weight = nn.Parameter(weight.detach().to(dtype))
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype))

@@ -14,8 +14,8 @@ Points = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]]
 def draw_kernels(rows: Sequence[Tuple[str, List[Points]]], titles: Sequence[str]) -> Figure:
     """One row of kernels for each (label, kernels), each kernel with its points drawn over it.
 
-    Blue is negative, red positive. A point's colour is its weight, on the scale of all points of its kernel; its size is
-    its radius. From the second row on, lines lead from where the points stand in the first.
+    Blue is negative, red positive. A point's colour is its weight, on the scale of all points of its kernel; its size
+    is its radius. From the second row on, lines lead from where the points stand in the first.
     """
     figure = Figure(figsize=(2.4 * len(titles) + 0.4, 2.6 * len(rows)), layout='constrained')
     FigureCanvasAgg(figure)
@@ -34,8 +34,8 @@ def draw_kernels(rows: Sequence[Tuple[str, List[Points]]], titles: Sequence[str]
                 axis.plot([x0, x], [y0, y], color='black', linewidth=0.8)
             height = weight[0, 0].numpy()
             axis.scatter(
-                x, y, s=160 * radius[0].numpy(), c=height, cmap='RdBu_r', vmin=-abs(height).max(), vmax=abs(height).max(),
-                edgecolors='black', linewidths=0.5)
+                x, y, s=160 * radius[0].numpy(), c=height, cmap='RdBu_r',
+                vmin=-abs(height).max(), vmax=abs(height).max(), edgecolors='black', linewidths=0.5)
             axis.set(xticks=[], yticks=[], title=f'{title}\n{label}, max |K| {limit:.2g}')
             axis.title.set_fontsize(8)
     return figure

@@ -18,11 +18,12 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices  # timm gives it no public name
 from timm.utils import reparameterize_model
 
-from .checkpoint import check_fit, checkpoint_filter_fn, read_checkpoint
+from .checkpoint import check_fit, checkpoint_filter_fn, merge_mismatch, read_checkpoint
 from .kernel import SMPKernel
 from .layers import ConvNorm, NormClassifierHead, RepSMPConv2d, fuse_pointwise
 
 __all__ = ['SMPConvNet']
+
 
 class SMPBlock(nn.Module):
     """BatchNorm, 1×1 convolution, large kernel, 1×1 convolution, each after its norm; (B, C, H, W) → (B, C, H, W)."""
@@ -61,6 +62,17 @@ class SMPBlock(nn.Module):
         merged.dwconv = self.dwconv.fuse()
         return merged
 
+    def _load_from_state_dict(
+            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        # Says so within features_only and larger models too, and with strict=False, where only shapes are compared.
+        merged = prefix + 'dwconv.weight' in state_dict
+        if merged or prefix + 'dwconv.large.bn.weight' in state_dict:
+            sentence = merge_mismatch(merged, not isinstance(self.dwconv, RepSMPConv2d))
+            if sentence and sentence not in error_msgs:
+                error_msgs.append(sentence)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
 
 class FeedForward(nn.Module):
     """BatchNorm, 1×1 convolution, GELU, 1×1 convolution, each after its norm; (B, C, H, W) → (B, C, H, W)."""
@@ -82,6 +94,26 @@ class FeedForward(nn.Module):
     def fuse(self) -> 'FeedForward':
         """A copy of plain convolutions and activations, or this block if it is one already."""
         return fuse_pointwise(self) if isinstance(self.pw1, ConvNorm) else self
+
+
+class SMPStem(nn.ModuleList):
+    """Four convolutions in turn, (B, in_chans, H, W) → (B, dim, H / 4, W / 4), and the check of the network's input."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__([
+            _conv_norm_relu(in_chans, dim, 3, stride=2, **dd),
+            _conv_norm_relu(dim, dim, 3, groups=dim, **dd),
+            _conv_norm_relu(dim, dim, 1, **dd),
+            _conv_norm_relu(dim, dim, 3, stride=2, groups=dim, **dd),
+        ])
+        self.in_chans = in_chans
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_input(x, self.in_chans)
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class SMPStage(nn.Module):
@@ -160,27 +192,28 @@ class SMPConvNet(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        _check_stages(depths=depths, dims=dims, kernel_sizes=kernel_sizes)
         if points is None:
+            if points_divisor < 1 or min(kernel_sizes) ** 2 < points_divisor:
+                raise ValueError(
+                    f'points_divisor must be at least 1 and leave a point in every kernel, got {points_divisor}')
             points = [k * k // points_divisor for k in kernel_sizes]
-        _check_stages(depths=depths, dims=dims, kernel_sizes=kernel_sizes, points=points)
+        _check_stages(points=points)
+        if int(min(dims) * mlp_ratio) < 1:
+            raise ValueError(f'mlp_ratio must leave a hidden channel in every stage, got {mlp_ratio}')
         if in_chans < 1:
             raise ValueError(f'in_chans must be at least 1, got {in_chans}')
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
 
-        dim = dims[0]
-        self.stem = nn.Sequential(
-            _conv_norm_relu(in_chans, dim, 3, stride=2, **dd),
-            _conv_norm_relu(dim, dim, 3, groups=dim, **dd),
-            _conv_norm_relu(dim, dim, 1, **dd),
-            _conv_norm_relu(dim, dim, 3, stride=2, groups=dim, **dd),
-        )
+        self.stem = SMPStem(in_chans, dims[0], **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.Sequential(*[
             SMPStage(
-                dims[i - 1] if i else None, dims[i], kernel_sizes[i], small_kernel, points[i], mlp_ratio, rates[i], **dd)
+                dims[i - 1] if i else None, dims[i], kernel_sizes[i], small_kernel, points[i], mlp_ratio, rates[i],
+                **dd)
             for i in range(4)
         ])
         self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2 ** i, module=f'stages.{i}') for i in range(4)]
@@ -250,7 +283,6 @@ class SMPConvNet(nn.Module):
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        _check_input(x, self.in_chans)
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index + 1]
@@ -280,7 +312,6 @@ class SMPConvNet(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) → (B, num_features, H / 32, W / 32), before the head's BatchNorm."""
-        _check_input(x, self.in_chans)
         return self.stages(self.stem(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -308,8 +339,8 @@ def _init_weights(module: nn.Module) -> None:
 
 def _check_stages(**per_stage: Sequence[int]) -> None:
     for name, values in per_stage.items():
-        if len(values) != 4 or min(values) < 1:
-            raise ValueError(f'{name} must be four integers, one for each stage, all at least 1, got {tuple(values)}')
+        if not isinstance(values, Sequence) or len(values) != 4 or min(values) < 1:
+            raise ValueError(f'{name} must be four integers, one for each stage, all at least 1, got {values}')
 
 
 @torch.fx.wrap

@@ -21,6 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 __all__ = ['BACKENDS', 'depthwise_conv2d', 'use_backend']
 
 _logger = logging.getLogger(__name__)
+_TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
 _forced: Optional[str] = None
 
 
@@ -57,11 +58,11 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch
         _check(x, weight, bias)
     if _stays_native(x):
         return _native(x, weight, bias)
-    if torch.compiler.is_compiling():
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, _forced)
-        return _conv(x, weight, bias, _forced)  # inference: the compiler sees what the operator is made of
-    return _Conv.apply(x, weight, bias, _forced)
+    if not torch.compiler.is_compiling():
+        return _Conv.apply(x, weight, bias, _forced)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, _forced)
+    return _conv(x, weight, bias, _forced)  # inference: the compiler sees what the operator is made of
 
 
 @contextmanager
@@ -85,11 +86,25 @@ def _autocast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
-def _stays_native(x: torch.Tensor) -> bool:
-    """Whether it is plainly `F.conv2d`: on other devices, and in graphs to be exported."""
-    if _forced == 'native' or torch.jit.is_tracing() or torch.compiler.is_exporting():
+def _exporting() -> bool:
+    """Whether a graph is captured to leave PyTorch, in which the operator has to be a standard convolution."""
+    if torch.jit.is_tracing():
         return True
-    return _forced is None and x.device.type != 'cpu'
+    if not torch.compiler.is_compiling():
+        return False
+    # torch.export traces Python itself by default; with strict=True it goes through the compiler, like torch.compile,
+    # and old versions call either of them exporting (seen with torch 2.7, right in 2.15).
+    return not torch.compiler.is_dynamo_compiling() or (_TORCH >= (2, 15) and torch.compiler.is_exporting())
+
+
+def _stays_native(x: torch.Tensor) -> bool:
+    """Whether it is plainly `F.conv2d`: in graphs to be exported, and on devices where nothing else was measured."""
+    if _forced == 'native':
+        return True
+    exporting = _exporting()
+    if exporting and _forced is not None:
+        raise ValueError(f'backend {_forced!r} was forced and cannot run: a graph to be exported holds F.conv2d')
+    return exporting or (_forced is None and x.device.type != 'cpu')
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> None:
@@ -108,9 +123,6 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) 
             raise TypeError(f'{name} must have the dtype of x, {x.dtype}, got {t.dtype}')
         if t is not None and t.device != x.device:
             raise ValueError(f'{name} must be on the device of x, {x.device}, got {t.device}')
-
-
-# Shapes and memory formats ----------------------------------------------------------------------------------------------
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -134,9 +146,6 @@ def _fft_length(n: int, k: int) -> int:
         if rest == 1:
             return n
         n += 1
-
-
-# Backends ---------------------------------------------------------------------------------------------------------------
 
 
 def _native(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -208,7 +217,7 @@ class Rule(NamedTuple):
     """When a backend is chosen on the CPU; the first rule that holds decides."""
     backend: str
     holds: Callable[[int, int], bool]  # of K and L after cropping
-    evidence: str  # ms at batch 4, float32, 2 cores with AVX-512, torch 2.15; `python -m benchmarks.cpu ops` measures anew
+    evidence: str  # ms at batch 4 in float32, 2 cores, AVX-512, torch 2.15; `python -m benchmarks.cpu ops` repeats it
 
 
 # oneDNN's own depthwise program takes kernels up to 14 wide; wider ones are fast in channels_last alone.
@@ -268,9 +277,6 @@ def _corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int, forced: Optional[
     backend = _resolve(_choose(CORR_RULES, k - 2 * dy, l - 2 * dx), forced, x)
     dw = backend.corr(grad, x, k - 2 * dy, l - 2 * dx)
     return F.pad(dw, (dx, dx, dy, dy)).to(x.dtype).contiguous()
-
-
-# Registration -----------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op('timm_smpconv::depthwise_conv2d', mutates_args=())
