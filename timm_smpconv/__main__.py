@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
         'demo', help='train on real handwritten digits, merge, and show what changed',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     demo.add_argument('--model', default='smpconv_mobile31', choices=timm.list_models('smpconv*'))
-    demo.add_argument('--epochs', type=_integer(1, 10_000), default=12)
+    demo.add_argument('--epochs', type=_integer(1, 10_000), default=9)
     demo.add_argument('--seed', type=_integer(0, 2 ** 32 - 1), default=42)
     demo.add_argument('--out', type=Path, default=Path('smpconv-demo'), help='folder for checkpoints and picture')
     demo.set_defaults(run=_demo)
