@@ -64,7 +64,7 @@ def _render_in_float(
         return kernel.to(dtype)
     coords, radius, weight = coords.to(dtype), radius.to(dtype), weight.to(dtype)
     device_type = weight.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != 'meta' and torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return _render(coords, radius, weight, size, average)
     return _render(coords, radius, weight, size, average)

@@ -50,7 +50,7 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch
     if has_torch_function(inputs):
         return handle_torch_function(depthwise_conv2d, inputs, x, weight, bias)
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != 'meta' and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
@@ -93,7 +93,7 @@ def _exporting() -> bool:
     if not torch.compiler.is_compiling():
         return False
     # torch.export traces Python itself by default; with strict=True it goes through the compiler, like torch.compile,
-    # and old versions call either of them exporting (seen with torch 2.7, right in 2.15).
+    # and older versions call either of them exporting (seen with torch 2.7; right in 2.15).
     return not torch.compiler.is_dynamo_compiling() or (_TORCH >= (2, 15) and torch.compiler.is_exporting())
 
 
