@@ -1,4 +1,4 @@
-"""What the operator and the models cost on a CPU: `python -m benchmarks.cpu [ops] [forward] [train] [memory] [deploy]`.
+"""What the operator and the models cost on a CPU: `python -m benchmarks.cpu [forward] [train] [memory] [ops]`.
 
 `plain` is the same model unmerged, contiguous, on `F.conv2d`: what the research code does without its CUDA extension.
 """
@@ -6,10 +6,8 @@ import argparse
 import resource
 import subprocess
 import sys
-import tempfile
 from contextlib import nullcontext
 from copy import deepcopy
-from pathlib import Path
 
 import timm
 import torch
@@ -21,7 +19,6 @@ import timm_smpconv  # noqa: F401 (registers the models)
 from benchmarks.timing import agree, machine, paired
 from timm_smpconv.ops import BACKENDS, use_backend
 from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _margins
-
 
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 SHAPES = [  # (C, H, K): the stages of tiny and mobile51, sizes between, small branches, the stem
@@ -179,54 +176,8 @@ def peak(name, variant, batch):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def deploy(args):
-    """The merged model in several engines, with the largest difference of the logits."""
-    import onnxruntime
-    import openvino
-    model = shaken(args.model)
-    merged = reparameterize_model(model)
-    for batch in args.batch:
-        x = torch.randn(batch, 3, 224, 224)
-        with torch.inference_mode(), use_backend('native'):
-            expected = model(x)
-
-        def plain():
-            with use_backend('native'):
-                return model(x)
-
-        engines = {'plain': plain}
-        for layout, memory_format in FORMATS.items():
-            for dtype in (torch.float32, torch.bfloat16):
-                network = deepcopy(merged).to(dtype).to(memory_format=memory_format)
-                image = x.to(dtype).contiguous(memory_format=memory_format)
-                label = f'{layout} {str(dtype)[6:]}'
-                engines[f'eager {label}'] = lambda m=network, i=image: m(i)
-                torch._dynamo.reset()
-                compiled = torch.compile(network, options={'freezing': True})
-                engines[f'compiled {label}'] = lambda m=compiled, i=image: m(i)
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / 'm.onnx')
-            torch.onnx.export(
-                merged, (x,), path, input_names=['image'], output_names=['logits'], dynamo=True, verbose=False,
-                external_data=False)
-            session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-            engines['ONNX Runtime float32'] = lambda: torch.from_numpy(session.run(None, {'image': x.numpy()})[0])
-            core = openvino.Core()
-            for precision in ('f32', 'bf16'):
-                compiled_ov = core.compile_model(
-                    path, 'CPU', {'INFERENCE_PRECISION_HINT': precision, 'PERFORMANCE_HINT': 'LATENCY'})
-                engines[f'OpenVINO {precision}'] = lambda m=compiled_ov: torch.from_numpy(m(x.numpy())[0])
-            with torch.no_grad():
-                differences = {
-                    n: agree(n, run(), expected, 5e-2 if 'bf' in n else 1e-4) for n, run in engines.items()}
-                times = paired(engines, args.rounds, warmup=1)
-        print(f'\nmerged model, batch {batch}: ms, plain / this, largest difference of the logits (relative)')
-        for name, t in sorted(times.items(), key=lambda item: -item[1]):
-            print(f'  {name:34} {t:9.1f} {times["plain"] / t:7.2f}   {differences[name]:.0e}', flush=True)
-
-
 def main():
-    sections = dict(forward=forward, train=train, memory=memory, deploy=deploy, ops=ops)
+    sections = dict(forward=forward, train=train, memory=memory, ops=ops)
     parser = argparse.ArgumentParser(prog='python -m benchmarks.cpu', description=__doc__.splitlines()[0])
     parser.add_argument('sections', nargs='*', help=f'of {", ".join(sections)}; all but ops by default')
     parser.add_argument('--model', default='smpconv_tiny')
