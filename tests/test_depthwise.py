@@ -67,7 +67,8 @@ def test_output_and_gradients(case, backend):
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('bias', [False, True])
 def test_dtypes_and_layouts(dtype, layout, bias):
-    for case in ((2, 3, 9, 12, 7, 5), (2, 4, 14, 14, 27, 27)):
+    # The last hangs in oneDNN's bfloat16 convolution in channels_last.
+    for case in ((2, 3, 9, 12, 7, 5), (2, 4, 14, 14, 27, 27), (1, 20, 7, 13, 13, 13), (1, 3, 40, 40, 15, 15)):
         inputs = tensors(*case, dtype=dtype, bias=bias)
         inputs[0] = LAYOUTS[layout](inputs[0])
         compare(inputs, depthwise_conv2d, TOLERANCE[dtype])
@@ -266,7 +267,7 @@ def test_use_backend_forces_and_ends(monkeypatch):
     assert calls == ['channels_last', 'channels_last', 'fft', 'fft']
     with pytest.raises(ValueError, match="'fft' was forced and cannot run: a graph to be exported"), use_backend('fft'):
         torch.jit.trace(Net(), torch.randn(1, 3, 9, 9))
-    with pytest.raises(ValueError, match="name must be one of native, channels_last, fft, got 'cudnn'"):
+    with pytest.raises(ValueError, match="name must be one of native, contiguous, channels_last, fft, got 'cudnn'"):
         with use_backend('cudnn'):
             pass
 

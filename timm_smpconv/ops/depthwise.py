@@ -12,7 +12,7 @@ Taps that meet nothing but padding (a kernel longer than 2H - 1) are cropped awa
 """
 import logging
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, FrozenSet, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +158,14 @@ def _native_corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.T
         grad, x, weight, None, (1, 1), (k // 2, l // 2), (1, 1), False, (0, 0), x.shape[1], (False, True, False))[1]
 
 
+def _contiguous(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    return _native(x.contiguous(), weight, bias)
+
+
+def _contiguous_corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
+    return _native_corr(grad.contiguous(), x.contiguous(), k, l)
+
+
 def _channels_last(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
     return _native(x.contiguous(memory_format=torch.channels_last), weight, bias)
 
@@ -208,37 +216,89 @@ def _needs_cpu_or_cuda(x: torch.Tensor) -> Optional[str]:
 
 BACKENDS: Dict[str, Backend] = {
     'native': Backend(_native, _native_corr, _anywhere),
+    'contiguous': Backend(_contiguous, _contiguous_corr, _anywhere),
     'channels_last': Backend(_channels_last, _channels_last_corr, _anywhere),
     'fft': Backend(_fft, _fft_corr, _needs_cpu_or_cuda),
 }
 
 
+def _onednn_dtypes() -> FrozenSet[torch.dtype]:
+    """The dtypes in which PyTorch convolves by oneDNN on this machine; none in a PyTorch without it."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    half = {torch.bfloat16: '_is_mkldnn_bf16_supported', torch.float16: '_is_mkldnn_fp16_supported'}
+    supported = [dtype for dtype, name in half.items() if getattr(torch.ops.mkldnn, name, bool)()]
+    return frozenset([torch.float32, *supported])
+
+
+_ONEDNN_DTYPES = _onednn_dtypes()
+
+
+class Case(NamedTuple):
+    """What the choice depends on, K and L after cropping."""
+    onednn: bool  # whether oneDNN computes it
+    c: int
+    h: int
+    w: int
+    k: int
+    l: int
+
+    @property
+    def taps(self) -> float:
+        """Taps of an output that meet no padding, on average."""
+        m, n = self.k // 2, self.l // 2
+        return (self.k - m * (m + 1) / self.h) * (self.l - n * (n + 1) / self.w)
+
+
 class Rule(NamedTuple):
     """When a backend is chosen on the CPU; the first rule that holds decides."""
     backend: str
-    holds: Callable[[int, int], bool]  # of K and L after cropping
-    evidence: str  # ms at batch 4 in float32, 2 cores, AVX-512, torch 2.15; `python -m benchmarks.cpu ops` repeats it
+    holds: Callable[[Case], bool]
+    evidence: str  # ms, 2 cores, AVX-512, torch 2.15 and 2.14, batch 4 in float32 unless said; `benchmarks.cpu ops`
 
 
-# oneDNN's own depthwise program takes kernels up to 14 wide; wider ones are fast in channels_last alone.
+# Without oneDNN there is a loop that prefers NCHW. oneDNN's own depthwise program takes kernels up to 14 wide; wider ones
+# are fast in channels_last alone, where a vector holds 16 channels.
 CONV_RULES = (
-    Rule('native', lambda k, l: l <= 14,
-         'C 96, 56×56, 13×13: native 8.9, channels_last 22; 5×5: 9.4, 15; 384, 14×14, 13×13: 1.5, 3.5'),
-    Rule('channels_last', lambda k, l: True,
+    Rule('fft', lambda case: not case.onednn and case.k * case.l >= 49,
+         'float64, batch 1, C 40, 28×28, 27×27: native 46, channels_last 106, fft 1.9; 14×14, 7×7: 2.1, 4.2, 0.5'),
+    Rule('native', lambda case: not case.onednn,
+         'float64, batch 1, C 40, 14×14, 5×5: native 1.1, channels_last 2.3, fft 0.4; C 3: 0.12, 0.22, 0.17'),
+    Rule('native', lambda case: case.l <= 11,
+         'C 96, 56×56, 5×5: native 9.4, channels_last 15; with channels_last input, 11×11: native 4.5, contiguous 24'),
+    Rule('contiguous', lambda case: case.l <= 14,
+         'C 96, 56×56, 13×13: contiguous 8.9, channels_last 22; with channels_last input, 768, 7×7, 13×13: 0.5, 0.8'),
+    Rule('fft', lambda case: case.c <= 4 and case.taps >= 400,
+         'C 3, 64×64, 31×31: channels_last 4.3, fft 0.8; C 16, 51×51: 6.3, 2.6, at batch 1 2.1, 3.1'),
+    Rule('channels_last', lambda case: True,
          'C 96, 56×56, 15×15: native 147, channels_last 11; 31×31: 738, 34, fft 38; 384, 14×14, 27×27: 141, 4.2, 22'),
 )
 CORR_RULES = (
-    Rule('native', lambda k, l: l == 1 or k * l <= 9,
+    Rule('fft', lambda case: not case.onednn and case.k * case.l >= 49,
+         'float64, batch 1, C 40, 28×28, 27×27: native 80, channels_last 106, fft 1.6; 14×14, 7×7: 2.3, 4.5, 0.6'),
+    Rule('native', lambda case: not case.onednn or case.l == 1 or case.k * case.l <= 9,
          'C 96, 56×56, 51×1: native 3.6, channels_last 6.1, fft 25; 384, 14×14, 3×3: 0.7, 1.2, 2.6'),
-    Rule('channels_last', lambda k, l: l <= 14 and k * l <= 49,
+    Rule('channels_last', lambda case: case.l <= 14 and case.k * case.l <= 49,
          'C 96, 56×56, 5×5: native 36, channels_last 19, fft 17, with channels_last input 18, 17, 23; 7×7: 66, 23, 17'),
-    Rule('fft', lambda k, l: True,
+    Rule('fft', lambda case: True,
          'C 96, 56×56, 31×31: native 1531, channels_last 1923, fft 25; 9×9: 114, 32, 14; 768, 7×7, 13×13: 27, 90, 9'),
 )
 
 
-def _choose(rules: Tuple[Rule, ...], k: int, l: int) -> str:
-    return next(rule.backend for rule in rules if rule.holds(k, l))
+def _choose(rules: Tuple[Rule, ...], x: torch.Tensor, k: int, l: int) -> str:
+    case = Case(x.dtype in _ONEDNN_DTYPES, *x.shape[1:], k, l)
+    return next(rule.backend for rule in rules if rule.holds(case))
+
+
+def _working_dtype(x: torch.Tensor, l: int) -> torch.dtype:
+    """float32 for half precision where that is faster than what PyTorch does by itself, else the dtype of x."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return x.dtype
+    # Without oneDNN a float16 convolution takes 70 times as long as in float32 (C 64, 28×28, 27×27: 95 ms and 1.3).
+    # In bfloat16, with 2 to 16 channels, at least 32 columns and a kernel wider than 14, oneDNN 3.12 never returns.
+    if x.dtype not in _ONEDNN_DTYPES or (x.shape[1] <= 16 and l > 14):
+        return torch.float32
+    return x.dtype
 
 
 def _resolve(choice: str, forced: Optional[str], x: torch.Tensor) -> Backend:
@@ -260,23 +320,30 @@ def _conv(
         bias: Optional[torch.Tensor],
         forced: Optional[str],
 ) -> torch.Tensor:
-    memory_format = _memory_format(x)
+    memory_format, dtype = _memory_format(x), x.dtype
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format)
     dy, dx = _margins(x, weight.shape[2], weight.shape[3])
     if dy or dx:
         weight = weight[:, :, dy:weight.shape[2] - dy, dx:weight.shape[3] - dx]
-    backend = _resolve(_choose(CONV_RULES, weight.shape[2], weight.shape[3]), forced, x)
-    return backend.conv(x, weight, bias).contiguous(memory_format=memory_format)
+    if forced is None:
+        working = _working_dtype(x, weight.shape[3])
+        x, weight, bias = x.to(working), weight.to(working), None if bias is None else bias.to(working)
+    backend = _resolve(_choose(CONV_RULES, x, weight.shape[2], weight.shape[3]), forced, x)
+    return backend.conv(x, weight, bias).to(dtype).contiguous(memory_format=memory_format)
 
 
 def _corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int, forced: Optional[str]) -> torch.Tensor:
+    dtype = x.dtype
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], 1, k, l)
     dy, dx = _margins(x, k, l)
-    backend = _resolve(_choose(CORR_RULES, k - 2 * dy, l - 2 * dx), forced, x)
+    if forced is None:
+        working = _working_dtype(x, l - 2 * dx)
+        grad, x = grad.to(working), x.to(working)
+    backend = _resolve(_choose(CORR_RULES, x, k - 2 * dy, l - 2 * dx), forced, x)
     dw = backend.corr(grad, x, k - 2 * dy, l - 2 * dx)
-    return F.pad(dw, (dx, dx, dy, dy)).to(x.dtype).contiguous()
+    return F.pad(dw, (dx, dx, dy, dy)).to(dtype).contiguous()
 
 
 @torch.library.custom_op('timm_smpconv::depthwise_conv2d', mutates_args=())
