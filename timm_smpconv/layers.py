@@ -7,7 +7,7 @@ that takes its place. It needs evaluation mode, leaves itself unchanged, and com
 """
 from collections import OrderedDict
 from copy import copy, deepcopy
-from typing import Optional, Tuple, Type, Union
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -130,7 +130,7 @@ class ConvNorm(nn.Module):
     def __init__(
             self,
             conv: Union[nn.Conv2d, SMPConv2d],
-            act_layer: Optional[Type[nn.Module]] = None,
+            act_layer: Optional[Callable[[], nn.Module]] = None,
             device=None,
             dtype=None,
     ):

@@ -8,10 +8,12 @@ https://github.com/sangnekim/SMPConv. Written anew for timm.
 
 Shapes: B batch, C channels, H and W height and width.
 """
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
@@ -20,7 +22,7 @@ from timm.utils import reparameterize_model
 
 from .checkpoint import check_fit, checkpoint_filter_fn, merge_mismatch, read_checkpoint
 from .kernel import SMPKernel
-from .layers import ConvNorm, NormClassifierHead, RepSMPConv2d, fuse_pointwise
+from .layers import ConvNorm, DepthwiseConv2d, NormClassifierHead, RepSMPConv2d, fuse_pointwise
 
 __all__ = ['SMPConvNet']
 
@@ -74,6 +76,23 @@ class SMPBlock(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
+@torch.fx.wrap
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU that overwrites x where nothing is recorded: a new tensor of that size costs more than the function itself."""
+    if torch.jit.is_scripting():
+        return F.gelu(x)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return F.gelu(x)
+    return torch.ops.aten.gelu_(x)
+
+
+class GELU(nn.GELU):
+    """`nn.GELU` for an input that nobody else reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _gelu(x)
+
+
 class FeedForward(nn.Module):
     """BatchNorm, 1×1 convolution, GELU, 1×1 convolution, each after its norm; (B, C, H, W) → (B, C, H, W)."""
 
@@ -82,7 +101,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.pw1 = ConvNorm(nn.Conv2d(dim, hidden_dim, 1, bias=False, **dd), **dd)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.pw2 = ConvNorm(nn.Conv2d(hidden_dim, dim, 1, bias=False, **dd), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
@@ -328,8 +347,11 @@ class SMPConvNet(nn.Module):
 
 
 def _conv_norm_relu(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, groups: int = 1, **dd) -> ConvNorm:
-    conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd)
-    return ConvNorm(conv, nn.ReLU, **dd)
+    if groups == in_chs == out_chs and stride == 1:
+        conv = DepthwiseConv2d(in_chs, kernel_size, bias=False, **dd)
+    else:
+        conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd)
+    return ConvNorm(conv, partial(nn.ReLU, inplace=True), **dd)
 
 
 def _init_weights(module: nn.Module) -> None:
