@@ -1,4 +1,4 @@
-"""What the operator and the models cost on a CPU: `python -m benchmarks.cpu [forward] [train] [memory] [ops]`.
+"""What the operator and the models cost on a CPU: `python -m benchmarks.cpu [forward] [deploy] [train] [memory] [ops] [accuracy]`.
 
 `plain` is the same model unmerged, contiguous, on `F.conv2d`: what the research code does without its CUDA extension.
 """
@@ -8,7 +8,11 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import onnxruntime
+import openvino
 import timm
 import torch
 import torch.nn.functional as F
@@ -16,8 +20,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 
 import timm_smpconv  # noqa: F401 (registers the models)
-from benchmarks.timing import agree, machine, paired
-from timm_smpconv.ops import BACKENDS, use_backend
+from benchmarks.timing import agree, difference, machine, paired
+from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
 from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _margins
 
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -56,20 +60,40 @@ def ops_shape(dtype, batch, memory_format, c, h, k, rounds):
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     passes = {
         'conv': ({n: lambda b=b: b.conv(x, weight, None).contiguous(memory_format=memory_format)
-                  for n, b in BACKENDS.items()}, _choose(CONV_RULES, k, k)),
-        'corr': ({n: lambda b=b: b.corr(grad, x, k, k) for n, b in BACKENDS.items()}, _choose(CORR_RULES, k, k)),
+                  for n, b in BACKENDS.items()}, _choose(CONV_RULES, x, k, k)),
+        'corr': ({n: lambda b=b: b.corr(grad, x, k, k) for n, b in BACKENDS.items()}, _choose(CORR_RULES, x, k, k)),
     }
     line = f'  C {c:4} H {h:3} K {k:2}'
+    exact = BACKENDS['fft']
+    expected = {
+        'conv': exact.conv(x.double(), weight.double(), None), 'corr': exact.corr(grad.double(), x.double(), k, k)}
     with torch.no_grad():
         for name, (candidates, chosen) in passes.items():
-            expected = candidates['native']()
             for n, run in candidates.items():
-                agree(f'{name} by {n} at C {c}, H {h}, K {k}', run(), expected, tolerance)
+                agree(f'{name} by {n} at C {c}, H {h}, K {k}', run(), expected[name], tolerance)
             slow = batch * c * h * h * k * k > 4e9
             times = paired(candidates, 1 if slow else rounds, warmup=1)
             cells = ' '.join(f'{t:8.2f}{"*" if n == chosen else " "}' for n, t in times.items())
             line += f' | {name} {cells} {times[chosen] / min(times.values()):5.2f}'
     print(line, flush=True)
+
+
+def pointwise_as_mm(model, image):
+    """A function that multiplies the matrices of the model's 1×1 convolutions and nothing else: what is left at best."""
+    products = []
+
+    def collect(module, inputs, output):
+        weight = module.weight.flatten(1)
+        x = torch.randn(weight.shape[1], output[:, 0].numel(), dtype=weight.dtype)
+        products.append((weight, x, weight @ x))
+
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    pointwise = [m for m in convolutions if m.weight.shape[1:] == (m.in_channels, 1, 1)]
+    hooks = [m.register_forward_hook(collect) for m in pointwise]
+    model(image)
+    for hook in hooks:
+        hook.remove()
+    return lambda: [torch.mm(weight, x, out=out) for weight, x, out in products]
 
 
 def forward(args):
@@ -103,8 +127,81 @@ def forward(args):
                     model(x)
 
             candidates = {'plain': plain}
+            for dtype in ('', ' bfloat16'):
+                network, image, _ = networks[f'merged contiguous{dtype}']
+                candidates[f'1×1 convolutions alone, by torch.mm{dtype}'] = pointwise_as_mm(network, image)
             candidates.update({n: lambda m=m, i=i: m(i) for n, (m, i, _) in networks.items()})
             report(f'forward, batch {batch}', paired(candidates, args.rounds, warmup=1))
+
+
+def engines(merged, batch, folder):
+    """Functions from nothing to logits: one merged model in the engines people deploy with, on one batch of images."""
+    image = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    path = str(Path(folder) / 'merged.onnx')
+    torch.onnx.export(
+        merged, (torch.randn(2, 3, 224, 224),), path, input_names=['image'], output_names=['logits'], dynamo=True,
+        dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=1024)}}, verbose=False)
+    runs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = deepcopy(merged).to(dtype, memory_format=torch.channels_last)
+        x = image.to(dtype, memory_format=torch.channels_last)
+        compiled = torch.compile(deepcopy(model), options={'freezing': True})
+        runs[f'eager {str(dtype)[6:]}'] = lambda model=model, x=x: model(x)
+        runs[f'compiled {str(dtype)[6:]}'] = lambda model=compiled, x=x: model(x)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    runs['ONNX Runtime float32'] = lambda: torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
+    network = openvino.Core().read_model(path)
+    network.reshape([batch, 3, 224, 224])  # as exported, with any batch, it is slower
+    for dtype, hint in ((torch.float32, 'f32'), (torch.bfloat16, 'bf16')):
+        compiled = openvino.compile_model(
+            network, 'CPU', {'INFERENCE_PRECISION_HINT': hint, 'PERFORMANCE_HINT': 'LATENCY'})
+        request = compiled.create_infer_request()
+        runs[f'OpenVINO {str(dtype)[6:]}'] = lambda r=request: torch.from_numpy(r.infer({0: image.numpy()})[0])
+    return image, runs
+
+
+def deploy(args):
+    """The merged model in eager PyTorch, compiled with frozen weights, ONNX Runtime and OpenVINO, and its logits."""
+    model = shaken(args.model)
+    merged = reparameterize_model(model)
+    for batch in args.batch:
+        with TemporaryDirectory() as folder, torch.no_grad():
+            image, runs = engines(merged, batch, folder)
+
+            def plain():
+                with use_backend('native'):
+                    return model(image)
+
+            expected = plain()
+            found = {n: agree(n, run(), expected, 5e-2 if 'bf' in n else 1e-4) for n, run in runs.items()}
+            times = paired({'plain': plain, **runs}, args.rounds, warmup=1)
+        print(f'\nmerged model, batch {batch}')
+        for name, t in sorted(times.items(), key=lambda item: -item[1]):
+            logits = f'   logits differ by {found[name]:.1e} relative' if name in found else ''
+            print(f'  {name:42} {t:9.1f} ms   plain / this {times["plain"] / t:6.2f}{logits}', flush=True)
+
+
+def accuracy(args):
+    """The largest error of every backend against F.conv2d in float64, relative to the largest magnitude."""
+    for dtype in (torch.float32, torch.bfloat16):
+        print(f'\n{str(dtype)[6:]}: largest relative error of output, input, weight gradient')
+        for c, h, k in SHAPES:
+            inputs = [torch.randn(2, c, h, h).to(dtype), (torch.randn(c, 1, k, k) / k).to(dtype)]
+            cotangent = torch.randn(2, c, h, h).to(dtype)
+            exact = results('native', *[t.double() for t in inputs], cotangent.double())
+            line = f'  C {c:4} H {h:3} K {k:2}'
+            for name in (*BACKENDS, None):
+                errors = [difference(a, e) for a, e in zip(results(name, *inputs, cotangent), exact)]
+                line += f' | {name or "chosen"} ' + ' '.join(f'{e:.0e}' for e in errors)
+            print(line, flush=True)
+
+
+def results(backend, x, weight, cotangent):
+    """Output, input gradient and weight gradient by a backend, or by the chosen one for None."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    with use_backend(backend) if backend else nullcontext():
+        y = depthwise_conv2d(x, weight)
+    return (y.detach(), *torch.autograd.grad(y, (x, weight), cotangent))
 
 
 def report(title, times):
@@ -150,7 +247,7 @@ def train(args):
             agree(f'the loss of {name}', step(), first, 1e-4)
         for layout in FORMATS:
             steps[f'convnext_tiny {layout}'] = training_step('convnext_tiny', layout, batch)
-        report(f'training step, batch {batch}', paired(steps, args.rounds, warmup=0))
+        report(f'training step, batch {batch}', paired(steps, args.rounds, warmup=2))
 
 
 def memory(args):
@@ -177,9 +274,9 @@ def peak(name, variant, batch):
 
 
 def main():
-    sections = dict(forward=forward, train=train, memory=memory, ops=ops)
+    sections = dict(forward=forward, deploy=deploy, train=train, memory=memory, ops=ops, accuracy=accuracy)
     parser = argparse.ArgumentParser(prog='python -m benchmarks.cpu', description=__doc__.splitlines()[0])
-    parser.add_argument('sections', nargs='*', help=f'of {", ".join(sections)}; all but ops by default')
+    parser.add_argument('sections', nargs='*', help=f'of {", ".join(sections)}; all but ops and accuracy by default')
     parser.add_argument('--model', default='smpconv_tiny')
     parser.add_argument('--batch', type=int, nargs='+')
     parser.add_argument('--rounds', type=int, default=5)
@@ -191,7 +288,7 @@ def main():
         if name not in sections:
             parser.error(f'a section must be one of {", ".join(sections)}, got {name!r}')
     print(machine())
-    for name in args.sections or list(sections)[:-1]:
+    for name in args.sections or list(sections)[:4]:
         usual = {'ops': [4], 'train': [4, 16], 'memory': [4, 16]}.get(name, [1, 16])
         sections[name](argparse.Namespace(**dict(vars(args), batch=args.batch or usual)))
 
