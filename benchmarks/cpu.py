@@ -1,4 +1,4 @@
-"""What the operator and the models cost on a CPU: `python -m benchmarks.cpu [forward] [deploy] [train] [memory] [ops] [accuracy]`.
+"""What the operator and the models cost on a CPU: `python -m benchmarks.cpu [section …]`, see `--help`.
 
 `plain` is the same model unmerged, contiguous, on `F.conv2d`: what the research code does without its CUDA extension.
 """
@@ -8,11 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import onnxruntime
-import openvino
 import timm
 import torch
 import torch.nn.functional as F
@@ -25,8 +21,10 @@ from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
 from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _margins
 
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-SHAPES = [  # (C, H, K): the stages of tiny and mobile51, sizes between, small branches, the stem
-    (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51), (128, 28, 49), (256, 14, 47),
+PASSES = ('output', 'input gradient', 'weight gradient')
+STAGES = [  # (C, H, K) of the large kernels in tiny's and mobile51's stages
+    (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51), (128, 28, 49), (256, 14, 47), (320, 7, 13)]
+SHAPES = STAGES + [  # sizes between, small branches, the stem
     (96, 56, 15), (96, 56, 13), (192, 28, 13), (96, 56, 9), (96, 56, 7), (96, 56, 5), (192, 28, 5), (384, 14, 5),
     (768, 7, 5), (96, 112, 3)]
 
@@ -42,17 +40,51 @@ def shaken(name, **kwargs):
 
 
 def ops(args):
-    """Every backend on every pass; the rule's choice is marked and compared with the best."""
-    dtypes = [torch.float32, torch.bfloat16]
-    for dtype in dtypes:
+    """The native and the chosen backend: output, input gradient, weight gradient of the stages' large kernels."""
+    for batch in args.batch:
+        for layout, memory_format in FORMATS.items():
+            print(f'\nfloat32, batch {batch}, {layout}: native and chosen ms, native / chosen')
+            for c, h, k in STAGES:
+                x, cotangent = (torch.randn(batch, c, h, h).contiguous(memory_format=memory_format) for _ in range(2))
+                print(f'  C {c:4} H {h:3} K {k:2}' + ops_shape(x, torch.randn(c, 1, k, k) / k, cotangent, args.rounds))
+
+
+def ops_shape(x, weight, cotangent, rounds):
+    exact = results('fft', x.double(), weight.double(), cotangent.double())
+    runs = {what: {} for what in PASSES}
+    for name in ('native', None):
+        for what, actual, expected in zip(PASSES, results(name, x, weight, cotangent), exact):
+            agree(f'{what} by {name or "the chosen backend"}', actual, expected, 1e-5)
+
+        def output(x, weight, name=name):
+            with use_backend(name) if name else nullcontext():
+                return depthwise_conv2d(x, weight)
+
+        runs['output'][name] = lambda output=output: output(x, weight)
+        for what, leaf in zip(PASSES[1:], (x, weight)):  # of one alone: a graph of both computes both
+            leaf = leaf.detach().requires_grad_()
+            y = output(leaf, weight) if what == 'input gradient' else output(x, leaf)
+            runs[what][name] = lambda y=y, leaf=leaf: torch.autograd.grad(y, leaf, cotangent, retain_graph=True)
+    line = ''
+    slow = x.numel() * weight[0].numel() > 4e9
+    for what, candidates in runs.items():
+        times = paired(candidates, 1 if slow else rounds, warmup=0, warm_caches=not slow)
+        native, chosen = times['native'], times[None]
+        line += f' | {what} {native:8.2f} {chosen:7.2f} {native / chosen:6.1f}'
+    return line
+
+
+def rules(args):
+    """Every backend on the convolution and on the correlation of its weight gradient; the rules' choice is marked."""
+    for dtype in (torch.float32, torch.bfloat16):
         for batch in args.batch:
             for layout, memory_format in FORMATS.items():
                 print(f'\n{str(dtype)[6:]}, batch {batch}, {layout}: ms ({", ".join(BACKENDS)}), * is chosen')
                 for c, h, k in SHAPES:
-                    ops_shape(dtype, batch, memory_format, c, h, k, args.rounds)
+                    rules_shape(dtype, batch, memory_format, c, h, k, args.rounds)
 
 
-def ops_shape(dtype, batch, memory_format, c, h, k, rounds):
+def rules_shape(dtype, batch, memory_format, c, h, k, rounds):
     x, grad = (torch.randn(batch, c, h, h, dtype=dtype).contiguous(memory_format=memory_format) for _ in range(2))
     margin, _ = _margins(x, k, k)
     k -= 2 * margin
@@ -72,18 +104,18 @@ def ops_shape(dtype, batch, memory_format, c, h, k, rounds):
             for n, run in candidates.items():
                 agree(f'{name} by {n} at C {c}, H {h}, K {k}', run(), expected[name], tolerance)
             slow = batch * c * h * h * k * k > 4e9
-            times = paired(candidates, 1 if slow else rounds, warmup=1)
+            times = paired(candidates, 1 if slow else rounds, warmup=0, warm_caches=not slow)
             cells = ' '.join(f'{t:8.2f}{"*" if n == chosen else " "}' for n, t in times.items())
             line += f' | {name} {cells} {times[chosen] / min(times.values()):5.2f}'
     print(line, flush=True)
 
 
 def pointwise_as_mm(model, image):
-    """A function that multiplies the matrices of the model's 1×1 convolutions and nothing else: what is left at best."""
+    """A function that multiplies the matrices of the model's 1×1 convolutions and nothing else, a lower bound."""
     products = []
 
     def collect(module, inputs, output):
-        weight = module.weight.flatten(1)
+        weight = module.weight.detach().flatten(1)
         x = torch.randn(weight.shape[1], output[:, 0].numel(), dtype=weight.dtype)
         products.append((weight, x, weight @ x))
 
@@ -134,53 +166,6 @@ def forward(args):
             report(f'forward, batch {batch}', paired(candidates, args.rounds, warmup=1))
 
 
-def engines(merged, batch, folder):
-    """Functions from nothing to logits: one merged model in the engines people deploy with, on one batch of images."""
-    image = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    path = str(Path(folder) / 'merged.onnx')
-    torch.onnx.export(
-        merged, (torch.randn(2, 3, 224, 224),), path, input_names=['image'], output_names=['logits'], dynamo=True,
-        dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=1024)}}, verbose=False)
-    runs = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = deepcopy(merged).to(dtype, memory_format=torch.channels_last)
-        x = image.to(dtype, memory_format=torch.channels_last)
-        compiled = torch.compile(deepcopy(model), options={'freezing': True})
-        runs[f'eager {str(dtype)[6:]}'] = lambda model=model, x=x: model(x)
-        runs[f'compiled {str(dtype)[6:]}'] = lambda model=compiled, x=x: model(x)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    runs['ONNX Runtime float32'] = lambda: torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
-    network = openvino.Core().read_model(path)
-    network.reshape([batch, 3, 224, 224])  # as exported, with any batch, it is slower
-    for dtype, hint in ((torch.float32, 'f32'), (torch.bfloat16, 'bf16')):
-        compiled = openvino.compile_model(
-            network, 'CPU', {'INFERENCE_PRECISION_HINT': hint, 'PERFORMANCE_HINT': 'LATENCY'})
-        request = compiled.create_infer_request()
-        runs[f'OpenVINO {str(dtype)[6:]}'] = lambda r=request: torch.from_numpy(r.infer({0: image.numpy()})[0])
-    return image, runs
-
-
-def deploy(args):
-    """The merged model in eager PyTorch, compiled with frozen weights, ONNX Runtime and OpenVINO, and its logits."""
-    model = shaken(args.model)
-    merged = reparameterize_model(model)
-    for batch in args.batch:
-        with TemporaryDirectory() as folder, torch.no_grad():
-            image, runs = engines(merged, batch, folder)
-
-            def plain():
-                with use_backend('native'):
-                    return model(image)
-
-            expected = plain()
-            found = {n: agree(n, run(), expected, 5e-2 if 'bf' in n else 1e-4) for n, run in runs.items()}
-            times = paired({'plain': plain, **runs}, args.rounds, warmup=1)
-        print(f'\nmerged model, batch {batch}')
-        for name, t in sorted(times.items(), key=lambda item: -item[1]):
-            logits = f'   logits differ by {found[name]:.1e} relative' if name in found else ''
-            print(f'  {name:42} {t:9.1f} ms   plain / this {times["plain"] / t:6.2f}{logits}', flush=True)
-
-
 def accuracy(args):
     """The largest error of every backend against F.conv2d in float64, relative to the largest magnitude."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -207,7 +192,7 @@ def results(backend, x, weight, cotangent):
 def report(title, times):
     print(f'\n{title}')
     for name, t in sorted(times.items(), key=lambda item: -item[1]):
-        print(f'  {name:42} {t:9.1f} ms   plain / this {times["plain"] / t:6.2f}', flush=True)
+        print(f'  {name:45} {t:9.1f} ms   plain / this {times["plain"] / t:6.2f}', flush=True)
 
 
 def training_step(name, layout, batch):
@@ -247,6 +232,9 @@ def train(args):
             agree(f'the loss of {name}', step(), first, 1e-4)
         for layout in FORMATS:
             steps[f'convnext_tiny {layout}'] = training_step('convnext_tiny', layout, batch)
+        with torch.no_grad():
+            multiply = pointwise_as_mm(timm.create_model(args.model), torch.randn(batch, 3, 224, 224))
+        steps['1×1 convolutions alone, by torch.mm, 3 times'] = lambda: [multiply() for _ in range(3)]
         report(f'training step, batch {batch}', paired(steps, args.rounds, warmup=2))
 
 
@@ -274,9 +262,9 @@ def peak(name, variant, batch):
 
 
 def main():
-    sections = dict(forward=forward, deploy=deploy, train=train, memory=memory, ops=ops, accuracy=accuracy)
+    sections = dict(forward=forward, train=train, memory=memory, ops=ops, rules=rules, accuracy=accuracy)
     parser = argparse.ArgumentParser(prog='python -m benchmarks.cpu', description=__doc__.splitlines()[0])
-    parser.add_argument('sections', nargs='*', help=f'of {", ".join(sections)}; all but ops and accuracy by default')
+    parser.add_argument('sections', nargs='*', help=f'of {", ".join(sections)}; the first three by default')
     parser.add_argument('--model', default='smpconv_tiny')
     parser.add_argument('--batch', type=int, nargs='+')
     parser.add_argument('--rounds', type=int, default=5)
@@ -288,8 +276,8 @@ def main():
         if name not in sections:
             parser.error(f'a section must be one of {", ".join(sections)}, got {name!r}')
     print(machine())
-    for name in args.sections or list(sections)[:4]:
-        usual = {'ops': [4], 'train': [4, 16], 'memory': [4, 16]}.get(name, [1, 16])
+    for name in args.sections or list(sections)[:3]:
+        usual = {'ops': [1, 4, 16], 'rules': [1, 4], 'train': [4, 16], 'memory': [4, 16]}.get(name, [1, 16])
         sections[name](argparse.Namespace(**dict(vars(args), batch=args.batch or usual)))
 
 

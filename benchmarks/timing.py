@@ -9,14 +9,24 @@ import timm
 import torch
 
 
-def paired(candidates: Dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> Dict[str, float]:
-    """Milliseconds of each candidate, medians over `rounds` in which every candidate runs once."""
+def paired(
+        candidates: Dict[str, Callable[[], object]],
+        rounds: int,
+        warmup: int = 2,
+        warm_caches: bool = False,
+) -> Dict[str, float]:
+    """Milliseconds of each candidate, medians over `rounds` in which every candidate is timed once.
+
+    With `warm_caches` it runs once untimed before, so that what ran before it does not matter.
+    """
     for _ in range(warmup):
         for run in candidates.values():
             run()
     times = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
+            if warm_caches:
+                run()
             start = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - start))

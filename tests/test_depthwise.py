@@ -10,7 +10,8 @@ from reference import conv_loop
 
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import BACKENDS, use_backend
-from timm_smpconv.ops.depthwise import _conv_op, _corr_op
+from timm_smpconv.ops import depthwise
+from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _conv_op, _corr_op
 
 CASES = [  # (B, C, H, W, K, L)
     (2, 3, 8, 11, 5, 5),
@@ -299,3 +300,25 @@ def test_bad_input_is_named(change, error, message):
     good = dict(x=torch.zeros(1, 3, 8, 8), weight=torch.zeros(3, 1, 5, 5), bias=torch.zeros(3))
     with pytest.raises(error, match=message):
         depthwise_conv2d(**dict(good, **change))
+
+
+@pytest.mark.parametrize('widest,k,expected', [
+    (13, 11, 'native'), (13, 13, 'contiguous'), (13, 15, 'channels_last'),  # AVX-512
+    (9, 9, 'native'), (9, 11, 'channels_last'), (7, 7, 'native'), (7, 9, 'channels_last')])  # AVX2, neither
+def test_the_choice_follows_the_vector_length(monkeypatch, widest, k, expected):
+    monkeypatch.setattr(depthwise, '_ONEDNN_DTYPES', frozenset([torch.float32]))
+    monkeypatch.setattr(depthwise, '_WIDEST', widest)
+    assert _choose(CONV_RULES, torch.empty(1, 64, 28, 28), k, k) == expected
+
+
+def test_the_choice_without_onednn(monkeypatch):
+    monkeypatch.setattr(depthwise, '_ONEDNN_DTYPES', frozenset())
+    x = torch.empty(1, 64, 28, 28)
+    for rules in (CONV_RULES, CORR_RULES):
+        assert [_choose(rules, x, k, k) for k in (3, 5, 7, 31)] == ['native', 'native', 'fft', 'fft']
+
+
+def test_few_channels_and_large_kernels_use_fft():
+    assert _choose(CONV_RULES, torch.empty(4, 3, 64, 64), 31, 31) == 'fft'
+    for case in ((4, 3, 64, 64, 31, 31), (1, 4, 40, 56, 51, 51)):
+        compare(tensors(*case), depthwise_conv2d, TOLERANCE[torch.float32])

@@ -12,6 +12,7 @@ Taps that meet nothing but padding (a kernel longer than 2H - 1) are cropped awa
 """
 import logging
 from contextlib import contextmanager
+from functools import partial
 from typing import Callable, Dict, FrozenSet, Iterator, NamedTuple, Optional, Tuple
 
 import torch
@@ -58,11 +59,14 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch
         _check(x, weight, bias)
     if _stays_native(x):
         return _native(x, weight, bias)
-    if not torch.compiler.is_compiling():
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if torch.compiler.is_compiling():
+        if recorded:
+            return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, _forced)
+    elif recorded or torch._C._are_functorch_transforms_active():
         return _Conv.apply(x, weight, bias, _forced)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, _forced)
-    return _conv(x, weight, bias, _forced)  # inference: the compiler sees what the operator is made of
+    # Nothing is recorded: without 0.15 ms for the operator, and compilers see what it is made of.
+    return _conv(x, weight, bias, _forced)
 
 
 @contextmanager
@@ -232,6 +236,9 @@ def _onednn_dtypes() -> FrozenSet[torch.dtype]:
 
 
 _ONEDNN_DTYPES = _onednn_dtypes()
+# The widest kernel of oneDNN's own depthwise program; wider ones it runs fast in channels_last alone. C 192, 28×28, batch 4,
+# contiguous: with AVX-512 13×13 takes 6.1 ms and 15×15 61, with AVX2 9×9 0.9 and 11×11 25, without 7×7 4.3 and 9×9 21.
+_WIDEST = {'AVX512': 13, 'AVX2': 9}.get(torch.backends.cpu.get_cpu_capability(), 7)
 
 
 class Case(NamedTuple):
@@ -257,16 +264,15 @@ class Rule(NamedTuple):
     evidence: str  # ms, 2 cores, AVX-512, torch 2.15 and 2.14, batch 4 in float32 unless said; `benchmarks.cpu ops`
 
 
-# Without oneDNN there is a loop that prefers NCHW. oneDNN's own depthwise program takes kernels up to 14 wide; wider ones
-# are fast in channels_last alone, where a vector holds 16 channels.
+# Without oneDNN there is a loop that prefers NCHW.
 CONV_RULES = (
     Rule('fft', lambda case: not case.onednn and case.k * case.l >= 49,
          'float64, batch 1, C 40, 28×28, 27×27: native 46, channels_last 106, fft 1.9; 14×14, 7×7: 2.1, 4.2, 0.5'),
     Rule('native', lambda case: not case.onednn,
          'float64, batch 1, C 40, 14×14, 5×5: native 1.1, channels_last 2.3, fft 0.4; C 3: 0.12, 0.22, 0.17'),
-    Rule('native', lambda case: case.l <= 11,
+    Rule('native', lambda case: case.l <= min(11, _WIDEST),
          'C 96, 56×56, 5×5: native 9.4, channels_last 15; with channels_last input, 11×11: native 4.5, contiguous 24'),
-    Rule('contiguous', lambda case: case.l <= 14,
+    Rule('contiguous', lambda case: case.l <= _WIDEST,
          'C 96, 56×56, 13×13: contiguous 8.9, channels_last 22; with channels_last input, 768, 7×7, 13×13: 0.5, 0.8'),
     Rule('fft', lambda case: case.c <= 4 and case.taps >= 400,
          'C 3, 64×64, 31×31: channels_last 4.3, fft 0.8; C 16, 51×51: 6.3, 2.6, at batch 1 2.1, 3.1'),
@@ -346,6 +352,26 @@ def _corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int, forced: Optional[
     return F.pad(dw, (dx, dx, dy, dy)).to(dtype).contiguous()
 
 
+def _input_gradient(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        forced: Optional[str],
+) -> torch.Tensor:
+    """The convolution with the flipped kernel, natively where that is faster.
+
+    C 768, 7×7, 13×13, channels_last, batch 16: native 1.6 ms, flipped 2.2; 9×9 or contiguous: as fast or slower.
+    """
+    l, layout = weight.shape[3], _memory_format(grad)
+    if forced is None and grad.numel() and layout == torch.channels_last and 9 < l <= _WIDEST:
+        if grad.dtype in _ONEDNN_DTYPES:
+            dx = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, (1, 1), (weight.shape[2] // 2, l // 2), (1, 1), False, (0, 0), x.shape[1],
+                (True, False, False))[0]
+            return dx.contiguous(memory_format=layout)
+    return _conv(grad, weight.flip(2, 3), None, forced)
+
+
 @torch.library.custom_op('timm_smpconv::depthwise_conv2d', mutates_args=())
 def _conv_op(
         x: torch.Tensor,
@@ -375,6 +401,11 @@ def _(grad, x, k, l, backend):
 # carry the same ones to torch.func, which torch.library's cannot reach.
 
 
+def _recorded(grad: torch.Tensor) -> bool:
+    """Whether a graph, a compiler or a transform has to see what a backward does."""
+    return torch.is_grad_enabled() or type(grad) is not torch.Tensor or torch._C._are_functorch_transforms_active()
+
+
 def _conv_context(ctx, inputs, output) -> None:
     x, weight, bias, ctx.backend = inputs
     ctx.save_for_backward(x, weight)
@@ -384,9 +415,13 @@ def _conv_context(ctx, inputs, output) -> None:
 def _conv_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    if _recorded(grad):
+        conv, corr = partial(_Conv.apply, grad, weight.flip(2, 3), None), _Corr.apply
+    else:
+        conv, corr = partial(_input_gradient, grad, x, weight), _corr
     return (
-        _Conv.apply(grad, weight.flip(2, 3), None, ctx.backend) if needs_x else None,
-        _Corr.apply(grad, x, weight.shape[2], weight.shape[3], ctx.backend) if needs_weight else None,
+        conv(ctx.backend) if needs_x else None,
+        corr(grad, x, weight.shape[2], weight.shape[3], ctx.backend) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
         None,
     )
@@ -401,9 +436,10 @@ def _corr_context(ctx, inputs, output) -> None:
 def _corr_backward(ctx, v):
     grad, x = ctx.saved_tensors
     needs_grad, needs_x = ctx.needs_input_grad[:2]
+    conv = _Conv.apply if _recorded(v) else _conv
     return (
-        _Conv.apply(x, v, None, ctx.backend) if needs_grad else None,
-        _Conv.apply(grad, v.flip(2, 3), None, ctx.backend) if needs_x else None,
+        conv(x, v, None, ctx.backend) if needs_grad else None,
+        conv(grad, v.flip(2, 3), None, ctx.backend) if needs_x else None,
         None, None, None,
     )
 

@@ -1,0 +1,78 @@
+"""The merged model in the engines people deploy with, on a CPU: `python -m benchmarks.deploy`.
+
+Needs `pip install '.[export]'` and, for torch.compile, a C++ compiler.
+"""
+import argparse
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnxruntime
+import openvino
+import torch
+from timm.utils import reparameterize_model
+
+from benchmarks.cpu import shaken
+from benchmarks.timing import agree, machine, paired
+from timm_smpconv.ops import use_backend
+
+
+def engines(merged, batch, folder):
+    """Functions from nothing to logits: one merged model in the engines people deploy with, on one batch of images."""
+    image = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    path = str(Path(folder) / 'merged.onnx')
+    torch.onnx.export(
+        merged, (torch.randn(2, 3, 224, 224),), path, input_names=['image'], output_names=['logits'], dynamo=True,
+        dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=1024)}}, verbose=False)
+    runs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = deepcopy(merged).to(dtype, memory_format=torch.channels_last)
+        x = image.to(dtype, memory_format=torch.channels_last)
+        compiled = torch.compile(deepcopy(model), options={'freezing': True})
+        runs[f'eager {str(dtype)[6:]}'] = lambda model=model, x=x: model(x)
+        runs[f'compiled {str(dtype)[6:]}'] = lambda model=compiled, x=x: model(x)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    runs['ONNX Runtime float32'] = lambda: torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
+    network = openvino.Core().read_model(path)
+    network.reshape([batch, 3, 224, 224])  # as exported, with any batch, it is slower
+    for dtype, hint in ((torch.float32, 'f32'), (torch.bfloat16, 'bf16')):
+        compiled = openvino.compile_model(
+            network, 'CPU', {'INFERENCE_PRECISION_HINT': hint, 'PERFORMANCE_HINT': 'LATENCY'})
+        request = compiled.create_infer_request()
+        runs[f'OpenVINO {str(dtype)[6:]}'] = lambda r=request: torch.from_numpy(r.infer({0: image.numpy()})[0])
+    return image, runs
+
+
+def deploy(name, batch, rounds):
+    """Time every engine against plain and compare its logits."""
+    model = shaken(name)
+    merged = reparameterize_model(model)
+    with TemporaryDirectory() as folder, torch.no_grad():
+        image, runs = engines(merged, batch, folder)
+
+        def plain():
+            with use_backend('native'):
+                return model(image)
+
+        expected = plain()
+        found = {n: agree(n, run(), expected, 5e-2 if 'bfloat16' in n else 1e-4) for n, run in runs.items()}
+        times = paired({'plain': plain, **runs}, rounds, warmup=1)
+    print(f'\nmerged {name}, batch {batch}')
+    for engine, t in sorted(times.items(), key=lambda item: -item[1]):
+        logits = f'   logits differ by {found[engine]:.1e} relative' if engine in found else ''
+        print(f'  {engine:24} {t:9.1f} ms   plain / this {times["plain"] / t:6.2f}{logits}', flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.deploy', description=__doc__.splitlines()[0])
+    parser.add_argument('--model', default='smpconv_tiny')
+    parser.add_argument('--batch', type=int, nargs='+', default=[1, 16])
+    parser.add_argument('--rounds', type=int, default=9)
+    args = parser.parse_args()
+    print(machine(), f'ONNX Runtime {onnxruntime.__version__}, OpenVINO {openvino.__version__}', sep=', ')
+    for batch in args.batch:
+        deploy(args.model, batch, args.rounds)
+
+
+if __name__ == '__main__':
+    main()
