@@ -6,7 +6,8 @@ Coordinates live in [-1, 1].
 Source: Kim and Park, "SMPConv: Self-moving Point Representations for Continuous Convolution", CVPR 2023,
 https://arxiv.org/abs/2304.02330, and the authors' `smp_imagenet/models/SMPConv.py` and `smp/ckconv/nn/ck/smpkernel.py`.
 """
-from typing import List, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
+from weakref import WeakSet
 
 import torch
 import torch.nn as nn
@@ -70,6 +71,12 @@ def _render_in_float(
     return _render(coords, radius, weight, size, average)
 
 
+@torch.fx.wrap
+def _project(radius: torch.Tensor, low: float, high: float) -> None:
+    """Clamp in place. Through `data`, as another forward may have saved the radius: between updates nothing changes."""
+    radius.data.clamp_(low, high)
+
+
 def render_kernel(
         coords: torch.Tensor,
         radius: torch.Tensor,
@@ -124,11 +131,24 @@ def _check_size(size: Sequence[int]) -> List[int]:
     return [int(s) for s in size]
 
 
+# Optimizers find the radii here: a parameter itself keeps no mark through deep copies and `load_state_dict(assign=True)`.
+_kernels: 'WeakSet[SMPKernel]' = WeakSet()
+
+
+def live_kernels() -> Iterator['SMPKernel']:
+    """All `SMPKernel` modules there are at this moment."""
+    return iter(list(_kernels))
+
+
 class SMPKernel(nn.Module):
     """Points that are rendered to a convolution kernel, with the start values of the paper.
 
     Positions and radii stay float32 in a half precision model (`.half()`, `.to(torch.bfloat16)`, `dtype=`): eight bits
     cannot tell two neighbouring samples of a 51-wide kernel apart from the point between them.
+
+    The radii stay in `RADIUS_RANGE`: every forward in training mode first puts them back, and so does `eval()` after
+    training. An optimizer step, an average of the weights (which sees what the step left) and the projection thus follow
+    each other as in the authors' loop. A copy, such as an average, is left as it is until it is trained itself.
 
     Args:
         channels: Channels C that share the points of a group.
@@ -173,6 +193,7 @@ class SMPKernel(nn.Module):
         if radius is None:
             radius = min(1., 2 * dimensions / min((k for k in self.size if k > 1), default=1))
         self.average = average
+        self._trained = False
         self.init_radius = radius
         self.coords_std = coords_std
 
@@ -181,6 +202,12 @@ class SMPKernel(nn.Module):
         self.radius = nn.Parameter(torch.empty(groups, points, device=device, dtype=position_dtype))
         self.weight = nn.Parameter(torch.empty(groups, channels, points, device=device, dtype=dtype))
         self.reset_parameters()
+        _kernels.add(self)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._trained = False
+        _kernels.add(self)
 
     def reset_parameters(self) -> None:
         """Set the parameters to their start values."""
@@ -190,12 +217,27 @@ class SMPKernel(nn.Module):
 
     @torch.no_grad()
     def clip_radius_(self) -> None:
-        """Put the radii back into `RADIUS_RANGE`, in place; the authors do so after every optimizer step."""
+        """Put the radii back into `RADIUS_RANGE`, in place, as training does by itself."""
         self.radius.clamp_(*self.RADIUS_RANGE)
 
     def forward(self) -> torch.Tensor:
         """Render the kernel, (G, C, *size), in float32 at least."""
+        if self.training and not torch.jit.is_scripting():
+            self._follow_training()
         return _render_in_float(self.coords, self.radius, self.weight, self.size, self.average)
+
+    def train(self, mode: bool = True):
+        if self._trained and self.training and not mode:
+            self.clip_radius_()
+        return super().train(mode)
+
+    @torch.jit.unused
+    def _follow_training(self) -> None:
+        if torch.jit.is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()):
+            return  # a graph that leaves PyTorch changes no parameter
+        if not self._trained:
+            self._trained = True
+        _project(self.radius, *self.RADIUS_RANGE)
 
     def _apply(self, fn, recurse=True):
         half = (torch.float16, torch.bfloat16)
