@@ -7,6 +7,8 @@ from typing import Callable, List, Optional
 import timm
 
 from . import __version__
+from .recipe import recipe_names, recipe_path
+from .scripts import ScriptError, find_script, run_script
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,6 +24,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument('--seed', type=_integer(0, 2 ** 32 - 1), default=42)
     demo.add_argument('--out', type=Path, default=Path('smpconv-demo'), help='folder for checkpoints and picture')
     demo.set_defaults(run=_demo)
+
+    recipe = commands.add_parser('recipe', help="print the path of a recipe for timm's train.py -c")
+    recipe.add_argument('name', nargs='?', metavar='NAME', help='one of those that are listed without a name')
+    recipe.set_defaults(run=_recipe)
+
+    run = commands.add_parser('run', help="run a script of timm's with these models and optimizers registered")
+    run.add_argument('script', metavar='SCRIPT', help='a path, or a name such as validate.py')
+    run.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS')
+    run.set_defaults(run=_run)
+
+    digits = commands.add_parser('digits', help='write real handwritten digits as folders of images')
+    digits.add_argument('folder', type=Path, metavar='DIR', help='must not exist or be empty')
+    digits.set_defaults(run=_digits)
     return parser
 
 
@@ -45,6 +60,42 @@ def _demo(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f'timm-smpconv demo: --out must be a folder that can be written: {error}', file=sys.stderr)
         return 1
+    return 0
+
+
+def _recipe(args: argparse.Namespace) -> int:
+    if args.name is None:
+        print('\n'.join(recipe_names()))
+        return 0
+    try:
+        print(recipe_path(args.name))
+    except ValueError as error:
+        print(f'timm-smpconv recipe: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        run_script(find_script(args.script), args.args)
+    except ScriptError as error:
+        print(f'timm-smpconv run: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+def _digits(args: argparse.Namespace) -> int:
+    try:
+        from .digits import write_digits  # needs the extra `demo`
+    except ModuleNotFoundError as error:
+        print(f'timm-smpconv digits: {error.name} is missing; it comes with the extra "demo"', file=sys.stderr)
+        return 1
+    try:
+        images = sum(1 for _ in write_digits(args.folder))
+    except OSError as error:
+        print(f'timm-smpconv digits: {error}', file=sys.stderr)
+        return 1
+    print(f'{images} images in {args.folder}')
     return 0
 
 

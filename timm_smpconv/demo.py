@@ -12,9 +12,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import timm
 import torch
 import torch.nn as nn
-from PIL import Image
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
 from timm.data import create_loader, create_transform
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -22,12 +20,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed, reparameterize_model
 from tqdm import tqdm
 
-from .kernel import SMPKernel
+from .digits import digits
 from .plot import Points, draw_kernels
 
 IMAGE_SIZE = 48
 BATCH_SIZE = 32
-TRAINING_IMAGES = 1437  # of 1,797: the rest is held out, as in scikit-learn's own example
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
@@ -37,24 +34,22 @@ EMA_DECAY = 0.97
 class Digits(torch.utils.data.Dataset):
     """Digits 8×8 as images; timm's loader sets `transform`."""
 
-    def __init__(self, images, labels):
-        self.images = [Image.fromarray((image * (255 / 16)).astype('uint8')) for image in images]
-        self.labels = labels
+    def __init__(self, training: bool):
+        self.images, self.labels = digits(training)
         self.transform: Callable = lambda image: image
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
-        return self.transform(self.images[index]), int(self.labels[index])
+        return self.transform(self.images[index]), self.labels[index]
 
 
 def _loaders() -> Tuple[torch.utils.data.DataLoader, torch.utils.data.DataLoader]:
-    digits = load_digits()
     shared = dict(input_size=(1, IMAGE_SIZE, IMAGE_SIZE), interpolation='bilinear', mean=(0.3,), std=(0.37,))
     loaders = []
-    for part, training in ((slice(0, TRAINING_IMAGES), True), (slice(TRAINING_IMAGES, None), False)):
-        dataset = Digits(digits.images[part], digits.target[part])
+    for training in (True, False):
+        dataset = Digits(training)
         loader = create_loader(
             dataset, shared['input_size'], BATCH_SIZE, is_training=training, use_prefetcher=False, num_workers=0,
             persistent_workers=False)
@@ -84,7 +79,6 @@ def _train(model: nn.Module, epochs: int, train: torch.utils.data.DataLoader, he
         optimizer, 'cosine', num_epochs=epochs, warmup_epochs=min(2, epochs - 1), warmup_lr=LEARNING_RATE / 20,
         min_lr=LEARNING_RATE / 100, step_on_epochs=False, updates_per_epoch=len(train))
     criterion = LabelSmoothingCrossEntropy(LABEL_SMOOTHING)
-    kernels = [m for m in model.modules() if isinstance(m, SMPKernel)]
     updates = 0
     with tqdm(total=epochs * len(train), unit='update') as bar:
         for epoch in range(epochs):
@@ -95,8 +89,6 @@ def _train(model: nn.Module, epochs: int, train: torch.utils.data.DataLoader, he
                 loss.backward()
                 optimizer.step()
                 ema.update(model)
-                for kernel in kernels:
-                    kernel.clip_radius_()
                 updates += 1
                 scheduler.step_update(updates)
                 bar.update()

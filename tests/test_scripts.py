@@ -1,0 +1,138 @@
+"""`timm-smpconv run` and `digits`: finding, fetching and checking, with small scripts written here."""
+import os
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from timm_smpconv.__main__ import main
+from timm_smpconv.recipe import recipe_path
+from timm_smpconv.scripts import ScriptError, check_arguments, find_script, run_script
+
+SCRIPT = '''
+import argparse, json, sys
+import timm
+parser = argparse.ArgumentParser()
+parser.add_argument('data', nargs='?')
+parser.add_argument('-c', '--config')
+parser.add_argument('--data-dir')
+parser.add_argument('--dataset')
+parser.add_argument('--batch-size', '-b', type=int)
+parser.add_argument('--initial', dest='start')
+parser.add_argument('--out')
+args = parser.parse_args()
+if __name__ == '__main__':
+    assert timm.is_model('smpconv_tiny') and 'smpadamw' in timm.optim.list_optimizers()
+    json.dump(dict(argv=sys.argv, path=sys.path[0]), open(args.out, 'w'))
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / 'scripts' / 'show.py'
+    path.parent.mkdir()
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_runs_as_python_would(script, tmp_path):
+    out = tmp_path / 'out.json'
+    before = sys.argv, list(sys.path)
+    assert main(['run', str(script), '--batch-size', '3', '--out', str(out)]) == 0
+    assert (sys.argv, sys.path) == before
+    assert f'"{script}", "--batch-size", "3"' in out.read_text() and f'"path": "{script.parent}"' in out.read_text()
+
+
+def test_ways_to_find_it(script, tmp_path, monkeypatch):
+    environ = {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+    assert find_script(str(script), environ) == script
+    assert find_script('show.py', {**environ, 'TIMM_SCRIPTS': str(script.parent)}) == script
+    assert find_script('show', {**environ, 'TIMM_SCRIPTS': str(script.parent)}) == script
+    checkout = tmp_path / 'checkout'
+    (checkout / 'timm').mkdir(parents=True)
+    for name in ('train.py', 'show.py'):
+        (checkout / name).write_text(SCRIPT)
+    monkeypatch.setattr(timm, '__file__', str(checkout / 'timm' / '__init__.py'))
+    assert find_script('show.py', environ) == checkout / 'show.py'
+
+
+def test_fetches_once(script, tmp_path):
+    repository = tmp_path / 'repository' / f'v{timm.__version__}'
+    repository.mkdir(parents=True)
+    (repository / 'show.py').write_text(SCRIPT)
+    environ = {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+    found = find_script('show.py', environ, (tmp_path / 'repository').as_uri())
+    assert found.read_text() == SCRIPT and tmp_path / 'cache' in found.parents
+    (repository / 'show.py').unlink()
+    assert find_script('show.py', environ, (tmp_path / 'repository').as_uri()) == found
+
+
+def test_the_four_ways_are_named_and_nothing_is_left(tmp_path):
+    environ = {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+    with pytest.raises(ScriptError) as error:
+        find_script('validate.py', environ, (tmp_path / 'nowhere').as_uri())
+    for way in ('Give its path', 'TIMM_SCRIPTS', 'a checkout of its repository', 'let it be fetched from'):
+        assert way in str(error.value)
+    assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+    with pytest.raises(ScriptError, match='there is no script no/such.py'):
+        find_script('no/such.py', environ)
+
+
+@pytest.mark.parametrize('text,message', [
+    ('batch_size: 3\nbatchsize: 4\nmodle: x', 'must hold options of the script only, got batchsize, modle in'),
+    ('- 3', 'must be a YAML file of options and values'),
+    ('a: [', 'must be a YAML file that can be read'),
+    (None, 'must be a YAML file that can be read'),
+])
+@pytest.mark.parametrize('form', [['-c', '{}'], ['--config={}']])
+def test_bad_configurations(script, tmp_path, text, message, form, capsys):
+    config, out = tmp_path / 'recipe.yaml', tmp_path / 'out.json'
+    if text is not None:
+        config.write_text(text)
+    assert main(['run', str(script), *[part.format(config) for part in form], '--out', str(out)]) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_good_configurations(script, tmp_path):
+    config = tmp_path / 'recipe.yaml'
+    config.write_text('batch_size: 3\nstart: x\ndata: y')
+    run_script(script, ['-c', str(config), '--out', str(tmp_path / 'out.json')])
+    assert (tmp_path / 'out.json').exists()
+
+
+def test_a_folder_of_images_that_does_not_exist(script, tmp_path, capsys):
+    assert main(['run', str(script), '--data-dir', str(tmp_path / 'none'), '--out', str(tmp_path / 'out')]) == 2
+    assert f'--data-dir must be a folder that exists, got {tmp_path / "none"}' in capsys.readouterr().err
+
+
+def test_our_recipes_hold_options_of_train_py_only(tmp_path):
+    try:
+        environ = dict(os.environ, XDG_CACHE_HOME=str(tmp_path))
+        script = find_script('train.py', environ, 'file:///nowhere')
+    except ScriptError:
+        pytest.skip("timm's train.py was not found: put the folder that holds it into TIMM_SCRIPTS")
+    for name in ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51'):
+        check_arguments(script, ['-c', str(recipe_path(name))])
+
+
+def test_digits(tmp_path, capsys):
+    folder = tmp_path / 'data' / 'digits'
+    assert main(['digits', str(folder)]) == 0
+    assert '1797 images' in capsys.readouterr().out
+    data = load_digits()
+    train = sorted((folder / 'train').rglob('*.png'))
+    held_out = sorted((folder / 'validation').rglob('*.png'))
+    assert (len(train), len(held_out)) == (1437, 360)
+    assert {p.parent.name for p in train} == {p.parent.name for p in held_out} == {str(i) for i in range(10)}
+    for path, offset in ((train[70], 0), (held_out[3], 1437)):
+        index = int(path.stem) + offset
+        assert int(path.parent.name) == data.target[index]
+        pixels = torch.from_numpy(np.array(Image.open(path)))
+        assert torch.equal(pixels, torch.from_numpy(data.images[index] * 255 / 16).to(torch.uint8))
+    assert main(['digits', str(folder)]) == 1
+    assert f'DIR must not exist or be empty, got {folder}' in capsys.readouterr().err
+    assert [p.name for p in folder.parent.iterdir()] == ['digits']

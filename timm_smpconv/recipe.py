@@ -1,0 +1,22 @@
+"""The recipes: YAML files with which timm's `train.py -c FILE` repeats the paper's training."""
+from pathlib import Path
+from typing import List
+
+__all__ = ['recipe_names', 'recipe_path']
+
+_FOLDER = Path(__file__).parent / 'recipes'
+
+
+def recipe_names() -> List[str]:
+    return sorted(path.stem for path in _FOLDER.glob('*.yaml'))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        ValueError: There is no such recipe.
+    """
+    if name not in recipe_names():
+        raise ValueError(f'name must be one of {", ".join(recipe_names())}, got {name!r}')
+    return _FOLDER / f'{name}.yaml'
