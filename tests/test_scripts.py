@@ -47,6 +47,20 @@ def test_runs_as_python_would(script, tmp_path):
     assert f'"{script}", "--batch-size", "3"' in out.read_text() and f'"path": "{script.parent}"' in out.read_text()
 
 
+@pytest.mark.parametrize('source', ['timm.utils', 'timm.utils.model'])
+def test_scripts_may_merge_before_eval(tmp_path, source):
+    path = tmp_path / 'merge.py'
+    path.write_text(f'''
+import timm
+from {source} import reparameterize_model
+model = reparameterize_model(timm.create_model('smpconv_mobile31', num_classes=3))
+assert not any('Norm' in type(m).__name__ for m in model.stages.modules())
+''')
+    before = timm.utils.reparameterize_model, timm.utils.model.reparameterize_model
+    run_script(path, [])
+    assert (timm.utils.reparameterize_model, timm.utils.model.reparameterize_model) == before
+
+
 def test_ways_to_find_it(script, tmp_path, monkeypatch):
     environ = {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
     assert find_script(str(script), environ) == script

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Set
 
 import timm
+import timm.utils.model
 import torch
 import yaml
+from timm.utils import reparameterize_model
 
 __all__ = ['ScriptError', 'find_script', 'run_script']
 
@@ -65,12 +67,19 @@ def run_script(path: Path, args: List[str]) -> None:
         ScriptError: The configuration or the folder of images among the arguments cannot be right.
     """
     check_arguments(path, args)
-    before = sys.argv, sys.path[:]
+    before = sys.argv, sys.path[:], timm.utils.reparameterize_model
     sys.argv, sys.path[:] = [str(path), *args], [str(path.parent), *sys.path]
+    timm.utils.reparameterize_model = timm.utils.model.reparameterize_model = _merge
     try:
         runpy.run_path(str(path), run_name='__main__')
     finally:
-        sys.argv, sys.path[:] = before
+        sys.argv, sys.path[:], timm.utils.reparameterize_model = before
+        timm.utils.model.reparameterize_model = before[2]
+
+
+def _merge(model: torch.nn.Module, inplace: bool = False) -> torch.nn.Module:
+    """What timm's scripts call for --reparam: before they call eval(), without which our modules refuse to merge."""
+    return reparameterize_model(model.eval(), inplace=inplace)
 
 
 def check_arguments(path: Path, args: List[str]) -> None:
