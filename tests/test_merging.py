@@ -29,7 +29,7 @@ def test_merged_logits_and_what_is_left(name):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m.training for m in merged.modules())
     for part in (merged.stem, merged.stages):
-        assert leaves(part) <= {'Conv2d', 'DepthwiseConv2d', 'ReLU', 'GELU', 'Identity'}
+        assert leaves(part) <= {'Conv2d', 'DepthwiseConv2d', 'ReLU', 'InplaceGELU', 'Identity'}
     assert not any(isinstance(m, (nn.modules.batchnorm._BatchNorm, SMPKernel)) for m in merged.modules())
     for size in ((64, 64), (40, 96)):
         x = torch.randn(2, 3, *size)
@@ -152,3 +152,19 @@ def test_a_merged_model_still_trains(model, images):
     merged(images).square().sum().backward()
     assert [n for n, p in merged.named_parameters() if p.grad is None] == ['head.norm.weight', 'head.norm.bias']
     assert not any(p.requires_grad for p in merged.head.norm.parameters())
+
+
+@torch.no_grad()
+def test_only_merged_blocks_overwrite_what_a_hook_sees(model, images):
+    """A research model's hidden activations are those before GELU, with and without gradients."""
+    seen = []
+    block = model.stages[0].blocks[1]
+    block.pw1.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].clone(), output)))
+    model(images)
+    inputs, output = seen[0]
+    assert torch.equal(output, block.pw1(inputs))
+    assert (output < -0.2).any()  # GELU ends at -0.17
+    merged = reparameterize_model(model)
+    with torch.enable_grad():
+        expected = merged(images)
+    assert torch.equal(merged(images), expected)

@@ -1,7 +1,6 @@
 """timm's own scripts, which are not in its wheel, run with this package's models and optimizers registered."""
 import ast
 import os
-import re
 import runpy
 import sys
 import urllib.error
@@ -128,5 +127,5 @@ def _options(path: Path) -> Set[str]:
         dest = [k.value.value for k in node.keywords if k.arg == 'dest' and isinstance(k.value, ast.Constant)]
         long = [n for n in names if n.startswith('--')] or names
         if dest or long:
-            found.add(dest[0] if dest else re.sub('-', '_', long[0].lstrip('-')))
+            found.add(dest[0] if dest else long[0].lstrip('-').replace('-', '_'))
     return found

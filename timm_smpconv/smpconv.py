@@ -86,8 +86,8 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.gelu_(x)
 
 
-class GELU(nn.GELU):
-    """`nn.GELU` for an input that nobody else reads."""
+class InplaceGELU(nn.GELU):
+    """`nn.GELU` of merged blocks: without gradients it overwrites its input, as ReLU does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _gelu(x)
@@ -101,7 +101,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.pw1 = ConvNorm(nn.Conv2d(dim, hidden_dim, 1, bias=False, **dd), **dd)
-        self.act = GELU()
+        self.act = nn.GELU()
         self.pw2 = ConvNorm(nn.Conv2d(hidden_dim, dim, 1, bias=False, **dd), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
@@ -112,7 +112,11 @@ class FeedForward(nn.Module):
     @torch.no_grad()
     def fuse(self) -> 'FeedForward':
         """A copy of plain convolutions and activations, or this block if it is one already."""
-        return fuse_pointwise(self) if isinstance(self.pw1, ConvNorm) else self
+        if not isinstance(self.pw1, ConvNorm):
+            return self
+        merged = fuse_pointwise(self)
+        merged.act = InplaceGELU().eval()
+        return merged
 
 
 class SMPStem(nn.ModuleList):

@@ -12,7 +12,6 @@ Taps that meet nothing but padding (a kernel longer than 2H - 1) are cropped awa
 """
 import logging
 from contextlib import contextmanager
-from functools import partial
 from typing import Callable, Dict, FrozenSet, Iterator, NamedTuple, Optional, Tuple
 
 import torch
@@ -261,7 +260,7 @@ class Rule(NamedTuple):
     """When a backend is chosen on the CPU; the first rule that holds decides."""
     backend: str
     holds: Callable[[Case], bool]
-    evidence: str  # ms, 2 cores, AVX-512, torch 2.15 and 2.14, batch 4 in float32 unless said; `benchmarks.cpu ops`
+    evidence: str  # ms, 2 cores, AVX-512, torch 2.15 and 2.14, batch 4 in float32 unless said; `benchmarks.cpu rules`
 
 
 # Without oneDNN there is a loop that prefers NCHW.
@@ -415,12 +414,14 @@ def _conv_context(ctx, inputs, output) -> None:
 def _conv_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    if _recorded(grad):
-        conv, corr = partial(_Conv.apply, grad, weight.flip(2, 3), None), _Corr.apply
-    else:
-        conv, corr = partial(_input_gradient, grad, x, weight), _corr
+    recorded, dx = _recorded(grad), None
+    if needs_x and recorded:
+        dx = _Conv.apply(grad, weight.flip(2, 3), None, ctx.backend)
+    elif needs_x:
+        dx = _input_gradient(grad, x, weight, ctx.backend)
+    corr = _Corr.apply if recorded else _corr
     return (
-        conv(ctx.backend) if needs_x else None,
+        dx,
         corr(grad, x, weight.shape[2], weight.shape[3], ctx.backend) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
         None,
