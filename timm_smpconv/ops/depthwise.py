@@ -359,10 +359,12 @@ def _input_gradient(
 ) -> torch.Tensor:
     """The convolution with the flipped kernel, natively where that is faster.
 
-    C 768, 7×7, 13×13, channels_last, batch 16: native 1.6 ms, flipped 2.2; 9×9 or contiguous: as fast or slower.
+    C 768, 7×7, 13×13, channels_last, batch 16: native 1.6 ms, flipped 2.2; contiguous, batch 2: 0.21 and 0.28, but C 192,
+    28×28: 1.36 and 1.01. 9×9: as fast or slower.
     """
     l, layout = weight.shape[3], _memory_format(grad)
-    if forced is None and grad.numel() and layout == torch.channels_last and 9 < l <= _WIDEST:
+    small = layout == torch.channels_last or grad.shape[2] * grad.shape[3] <= 49
+    if forced is None and grad.numel() and small and 9 < l <= _WIDEST:
         if grad.dtype in _ONEDNN_DTYPES:
             dx = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, (1, 1), (weight.shape[2] // 2, l // 2), (1, 1), False, (0, 0), x.shape[1],
