@@ -188,7 +188,8 @@ RADIUS = 'stages.1.blocks.0.large_kernel.smp.conv.radius'
     (lambda sd: dict(sd, surplus=torch.zeros(1)), r'1 extra \(surplus\)'),
     (lambda sd: dict(without(sd, 'stem.0.bn.bias'), extra=torch.zeros(1)), r'1 missing \(stem.0.bn.bias\) and 1 extra'),
     (lambda sd: dict(sd, **{'norm.weight': torch.zeros(3)}), r'head.norm.weight \(3,\) instead of \(320,\)'),
-    (lambda sd: dict(sd, **{RADIUS: torch.zeros_like(sd[RADIUS])}), 'radius must be positive everywhere.* 0.0'),
+    (lambda sd: dict(sd, **{RADIUS: torch.zeros_like(sd[RADIUS])}), 'radius must be positive and finite everywhere.* 0.0'),
+    (lambda sd: dict(sd, **{RADIUS: sd[RADIUS] / 0}), 'radius must be positive and finite everywhere, got inf'),
     (lambda sd: dict(sd, **{RADIUS: sd[RADIUS].flatten()}), r'kernel.radius \(105,\) instead of \(1, 105\)'),
     (lambda sd: dict(sd, **{'stem.1.bn.bias': 3}), "state_dict must hold tensors alone, got 'stem.1.bn.bias': int"),
     (lambda sd: {}, 'missing'),
@@ -218,7 +219,7 @@ def test_a_radius_that_is_not_positive_is_never_loaded(strict, model):
     before = model.state_dict()[key].clone()
     for value in (-1., 0., float('nan')):
         state = dict(model.state_dict(), **{key: torch.full_like(before, value)})
-        with pytest.raises(CheckpointError, match='radius must be positive everywhere, got a minimum of'):
+        with pytest.raises(CheckpointError, match='radius must be positive and finite everywhere, got'):
             model.load_state_dict(state, strict=strict)
     assert torch.equal(model.state_dict()[key], before)
 

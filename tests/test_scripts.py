@@ -1,6 +1,7 @@
 """`timm-smpconv run` and `digits`: finding, fetching and checking, with small scripts written here."""
-import os
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -10,8 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from timm_smpconv.__main__ import main
-from timm_smpconv.recipe import recipe_path
-from timm_smpconv.scripts import ScriptError, check_arguments, find_script, run_script
+from timm_smpconv.scripts import ScriptError, find_script, run_script
 
 SCRIPT = '''
 import argparse, json, sys
@@ -74,15 +74,40 @@ def test_ways_to_find_it(script, tmp_path, monkeypatch):
     assert find_script('show.py', environ) == checkout / 'show.py'
 
 
-def test_fetches_once(script, tmp_path):
-    repository = tmp_path / 'repository' / f'v{timm.__version__}'
-    repository.mkdir(parents=True)
-    (repository / 'show.py').write_text(SCRIPT)
-    environ = {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
-    found = find_script('show.py', environ, (tmp_path / 'repository').as_uri())
-    assert found.read_text() == SCRIPT and tmp_path / 'cache' in found.parents
-    (repository / 'show.py').unlink()
-    assert find_script('show.py', environ, (tmp_path / 'repository').as_uri()) == found
+@pytest.fixture
+def repository():
+    """A web server with SCRIPT as show.py, which an answer may cut, spoil or refuse."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body, sent = server.answers.pop(0)
+            self.send_response(status if self.path == f'/v{timm.__version__}/show.py' else 404)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:sent])
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(('127.0.0.1', 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_fetches_once_whole_or_not_at_all(repository, tmp_path, capsys):
+    script = SCRIPT.encode()
+    repository.answers = [(200, script, 100), (200, b'<html>Sign in</html>', None), (500, b'', None), (200, script, None)]
+    source, environ = f'http://127.0.0.1:{repository.server_port}', {'XDG_CACHE_HOME': str(tmp_path)}
+    for problem in ('IncompleteRead', 'invalid syntax', '500'):
+        with pytest.raises(ScriptError, match=problem):
+            find_script('show.py', environ, source)
+        assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+    found = find_script('show.py', environ, source)
+    assert found.read_bytes() == script and list(found.parent.iterdir()) == [found] and tmp_path in found.parents
+    assert f'{len(script)} bytes in {found}' in capsys.readouterr().err
+    assert find_script('show.py', environ, source) == found and not repository.answers
 
 
 def test_the_four_ways_are_named_and_nothing_is_left(tmp_path):
@@ -121,16 +146,6 @@ def test_good_configurations(script, tmp_path):
 def test_a_folder_of_images_that_does_not_exist(script, tmp_path, capsys):
     assert main(['run', str(script), '--data-dir', str(tmp_path / 'none'), '--out', str(tmp_path / 'out')]) == 2
     assert f'--data-dir must be a folder that exists, got {tmp_path / "none"}' in capsys.readouterr().err
-
-
-def test_our_recipes_hold_options_of_train_py_only(tmp_path):
-    try:
-        environ = dict(os.environ, XDG_CACHE_HOME=str(tmp_path))
-        script = find_script('train.py', environ, 'file:///nowhere')
-    except ScriptError:
-        pytest.skip("timm's train.py was not found: put the folder that holds it into TIMM_SCRIPTS")
-    for name in ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51'):
-        check_arguments(script, ['-c', str(recipe_path(name))])
 
 
 def test_digits(tmp_path, capsys):

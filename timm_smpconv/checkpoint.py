@@ -52,8 +52,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     without a leading `module.`. The classifier may be missing, extra or of another size: timm adapts it.
 
     Raises:
-        CheckpointError: Keys are missing or too many, a shape is wrong, a value is no tensor, a radius is not positive,
-            or only one of checkpoint and model is merged.
+        CheckpointError: Keys are missing or too many, a shape is wrong, a value is no tensor, a radius is not positive and
+            finite, or only one of checkpoint and model is merged.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
         if isinstance(state_dict.get(wrapper), Mapping):
@@ -96,8 +96,10 @@ def _check_values(state_dict: Mapping[str, Any], expected: Mapping[str, torch.Te
     for key, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f'state_dict must hold tensors alone, got {key!r}: {type(value).__name__}')
-        if key.endswith('.kernel.radius') and not value.is_meta and not bool((value > 0).all()):
-            raise CheckpointError(f'{key} must be positive everywhere, got a minimum of {value.min().item()}')
+        if key.endswith('.kernel.radius') and not value.is_meta:
+            wrong = value[~((value > 0) & value.isfinite())]
+            if len(wrong):
+                raise CheckpointError(f'{key} must be positive and finite everywhere, got {wrong[0].item()}')
     wrong = [
         f'{k} {tuple(v.shape)} instead of {tuple(expected[k].shape)}'
         for k, v in state_dict.items() if k in expected and v.shape != expected[k].shape]

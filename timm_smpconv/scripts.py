@@ -3,7 +3,8 @@ import ast
 import os
 import runpy
 import sys
-import urllib.error
+import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Set
 
@@ -48,15 +49,28 @@ def find_script(name: str, environ: Mapping[str, str] = os.environ, source: str 
         if (folder / name).is_file():
             return folder / name
     url = f'{source}/v{timm.__version__}/{name}'
-    print(f'fetching {url}', file=sys.stderr)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(cache / name), progress=sys.stderr.isatty())
-    except (urllib.error.URLError, OSError) as error:
+        _fetch(url, cache / name)
+    except (OSError, HTTPException, SyntaxError) as error:
         raise ScriptError(
             f'{name} was not found. Give its path; or put the folder that holds it into TIMM_SCRIPTS; or install timm from '
             f'a checkout of its repository; or let it be fetched from {url}, which failed: {error}') from error
     return cache / name
+
+
+def _fetch(url: str, path: Path) -> None:
+    print(f'fetching {url}', file=sys.stderr)
+    with urllib.request.urlopen(url, timeout=60) as response:
+        source = response.read()  # of one piece, so that a connection that ends early is an error
+    ast.parse(source)  # and not the page of a proxy
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f'.{os.getpid()}.part')
+    try:
+        part.write_bytes(source)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f'{len(source)} bytes in {path}', file=sys.stderr)
 
 
 def run_script(path: Path, args: List[str]) -> None:

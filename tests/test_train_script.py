@@ -1,0 +1,229 @@
+"""timm's own scripts, unmodified, on real digits, each in a process of its own.
+
+They are not in timm's wheel: without the folder that holds them in TIMM_SCRIPTS these tests are skipped.
+"""
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from timm.data import create_transform
+from timm.models import load_checkpoint
+from timm.utils import reparameterize_model
+
+from conftest import difference
+from timm_smpconv.digits import write_digits
+from timm_smpconv.recipe import recipe_names, recipe_path
+from timm_smpconv.scripts import ScriptError, check_arguments, find_script
+
+SIZE = 32
+PLUGINS = Path(__file__).parent / 'plugins'
+MODEL = ['--model', 'smpconv_mobile31', '--num-classes', '10', '--img-size', str(SIZE)]
+ON_CPU = ['--device', 'cpu', '--workers', '0']
+TRAIN = [
+    '--num-classes', '10', '--img-size', str(SIZE), '--crop-pct', '1.0', *ON_CPU, '--no-prefetcher',
+    '--epochs', '3', '--warmup-epochs', '1', '--batch-size', '20', '--grad-accum-steps', '1', '--lr', '2e-3',
+    '--model-ema-decay', '0.5', '--no-aug', '--mixup', '0', '--cutmix', '0', '--reprob', '0', '--log-interval', '100']
+
+LONG = [
+    '--epochs', '3', '--cooldown-epochs', '9', '--checkpoint-hist', '4', '--device-modules', 'timm_smpconv', 'fixed_order']
+
+
+@pytest.fixture(scope='module')
+def scripts(tmp_path_factory):
+    try:
+        environ = dict(os.environ, XDG_CACHE_HOME=str(tmp_path_factory.mktemp('cache')))
+        return find_script('train.py', environ, 'file:///nowhere').parent
+    except ScriptError:
+        pytest.skip("timm's train.py was not found: put the folder that holds it into TIMM_SCRIPTS")
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """Sixteen images of each digit to train on, six to validate."""
+    folder = tmp_path_factory.mktemp('data') / 'digits'
+    for _ in write_digits(folder):
+        pass
+    for split, count in (('train', 16), ('validation', 6)):
+        for label in (folder / split).iterdir():
+            for path in sorted(label.iterdir())[count:]:
+                path.unlink()
+    return folder
+
+
+@pytest.fixture(scope='module')
+def trained(scripts, digits, tmp_path_factory):
+    """A run that was not stopped, long enough for the running statistics to follow; its four best checkpoints."""
+    return train(scripts, digits, tmp_path_factory.mktemp('trained'), *LONG)
+
+
+def run(scripts, name, *args, launcher=('-m', 'timm_smpconv', 'run'), **environ):
+    environ = dict(os.environ, TIMM_SCRIPTS=str(scripts), PYTHONPATH=str(PLUGINS), **environ)
+    result = subprocess.run(
+        [sys.executable, *launcher, name, *map(str, args)], env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, f'{result.stdout[-2000:]}\n{result.stderr[-4000:]}'
+    return result.stdout
+
+
+def train(scripts, digits, out, *args, recipe=None, **kwargs):
+    """The folder of a run of train.py."""
+    recipe = recipe or recipe_path('smpconv_mobile31')
+    run(scripts, 'train.py', '-c', recipe, '--data-dir', digits, *TRAIN, '--output', out, '--experiment', 'run',
+        *args, **kwargs)
+    return out / 'run'
+
+
+def summary(folder):
+    with open(folder / 'summary.csv', newline='') as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def state_dict(path, key='state_dict'):
+    return torch.load(path, weights_only=False)[key]  # our own file: timm's holds an argparse.Namespace
+
+
+def results(stdout):
+    return json.loads(stdout.split('--result\n')[1])
+
+
+def load(path, use_ema=True):  # as timm's scripts do
+    model = timm.create_model('smpconv_mobile31', num_classes=10)
+    load_checkpoint(model, str(path), use_ema=use_ema, weights_only=False)
+    return model.eval()
+
+
+def images(folder):
+    transform = create_transform((3, SIZE, SIZE), interpolation='bicubic', crop_pct=1.0)
+    paths = sorted(folder.rglob('*.png'))
+    return paths, torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
+
+
+def test_our_recipes_hold_options_of_train_py_only(scripts):
+    for name in recipe_names():
+        check_arguments(scripts / 'train.py', ['-c', str(recipe_path(name))])
+
+
+def checkpoints(folder):
+    """Epoch → file."""
+    return {int(path.stem.split('-')[1].split('.')[0]): path for path in folder.glob('checkpoint-*.pth.tar')}
+
+
+def test_trains_and_resumes_with_the_same_losses(scripts, digits, trained, tmp_path):
+    losses = [row['train_loss'] for row in summary(trained)]
+    assert len(losses) == 13 and losses[3] < 0.6 * losses[0]
+    stopped = min(checkpoints(trained))
+    resumed = train(scripts, digits, tmp_path, *LONG, '--resume', checkpoints(trained)[stopped])
+    assert stopped < 12 and summary(resumed) == summary(trained)[stopped + 1:]
+    for key in ('state_dict', 'state_dict_ema'):
+        first, second = (state_dict(folder / 'last.pth.tar', key) for folder in (trained, resumed))
+        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_two_processes_and_one_with_twice_the_batch(scripts, digits, trained, tmp_path):
+    settings = yaml.safe_load(recipe_path('smpconv_mobile31').read_text())
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump(dict(settings, sync_bn=False)))  # of GPUs only
+    args = [
+        '--device-modules', 'timm_smpconv', 'fixed_order', 'cpu_ddp',
+        '--initial-checkpoint', trained / 'last.pth.tar', '--epochs', '1', '--lr', '5e-5']
+    one = train(scripts, digits, tmp_path / 'one', *args, recipe=recipe)
+    two = train(
+        scripts, digits, tmp_path / 'two', *args, '--batch-size', '10', recipe=recipe, CPU_DDP_OUT=str(tmp_path),
+        launcher=('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '-m', 'timm_smpconv', 'run'))
+    for a, b in zip(summary(one), summary(two), strict=True):
+        assert math.isclose(a['train_loss'], b['train_loss'], rel_tol=1e-5)
+        assert math.isclose(a['eval_loss'], b['eval_loss'], rel_tol=1e-5)
+    ranks = [torch.load(tmp_path / f'rank{rank}.pt') for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    start, ours, theirs = (state_dict(folder / 'last.pth.tar') for folder in (trained, one, two))
+    for key, value in theirs.items():
+        assert torch.equal(ranks[0][key], value)
+        if value.is_floating_point() and not torch.equal(ours[key], start[key]):
+            step, wanted = value.double() - start[key], ours[key].double() - start[key]
+            assert (step - wanted).norm() < 1e-2 * wanted.norm(), key  # Adam turns rounding into steps here and there
+
+
+@pytest.mark.parametrize('options', [
+    ['--amp', '--amp-dtype', 'bfloat16'],
+    ['--torchcompile', 'aot_eager'],  # inductor took 150 s, and fell as well
+    ['--grad-checkpointing'],
+    ['--channels-last'],
+    ['--grad-accum-steps', '2'],
+    ['--layer-decay', '0.7'],
+    ['--initial-checkpoint', 'TRAINED', '--lr', '1e-4'],
+    ['--pretrained', '--pretrained-path', 'TRAINED', '--lr', '1e-4'],
+    ['--opt', 'adamw'],
+], ids=lambda options: options[0][2:])
+def test_options_train(scripts, digits, trained, tmp_path, options):
+    checkpoint = trained / 'last.pth.tar'
+    options = [checkpoint if option == 'TRAINED' else option for option in options]
+    losses = [row['train_loss'] for row in summary(train(scripts, digits, tmp_path, *options))]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    assert losses[0] < 1.5 if checkpoint in options else losses[-1] < 0.9 * losses[0]
+
+
+def test_validate(scripts, digits, trained):
+    args = [*MODEL, '--data-dir', digits, '--crop-pct', '1.0', *ON_CPU, '--no-prefetcher', '--checkpoint']
+    expected = summary(trained)[-1]
+    merged, unmerged = (
+        results(run(scripts, 'validate.py', *args, trained / 'last.pth.tar', '--use-ema', *more))
+        for more in (['--reparam'], []))
+    assert merged['top1'] == unmerged['top1'] == pytest.approx(expected['eval_top1'], abs=1e-3)
+    assert merged['top1'] > 30 and merged['param_count'] != unmerged['param_count']
+    last = results(run(scripts, 'validate.py', *args, trained / 'last.pth.tar', '--reparam'))
+    paths, batch = images(digits / 'validation')
+    with torch.inference_mode():
+        predicted = load(trained / 'last.pth.tar', use_ema=False)(batch).argmax(1)
+    right = sum(int(path.parent.name) == label for path, label in zip(paths, predicted.tolist()))
+    assert last['top1'] == pytest.approx(100 * right / len(paths), abs=1e-3)
+
+
+def test_benchmark(scripts):
+    found = results(run(
+        scripts, 'benchmark.py', *MODEL, '--device', 'cpu', '-b', '2', '--num-bench-iter', '10', '--num-warm-iter', '1',
+        '--bench', 'inference', '--reparam'))
+    merged = reparameterize_model(timm.create_model('smpconv_mobile31', num_classes=10).eval())
+    assert found['param_count'] == round(sum(p.numel() for p in merged.parameters()) / 1e6, 2)
+    assert found['infer_samples_per_sec'] > 0
+
+
+def test_inference(scripts, digits, trained, tmp_path):
+    pytest.importorskip('pandas', reason="timm's inference.py needs pandas")
+    run(scripts, 'inference.py', *MODEL, '--data-dir', digits / 'validation', '--crop-pct', '1.0', *ON_CPU,
+        '--checkpoint', trained / 'last.pth.tar', '--results-dir', tmp_path, '--results-format', 'csv')
+    paths, batch = images(digits / 'validation')
+    with torch.inference_mode():
+        probabilities = load(trained / 'last.pth.tar')(batch).softmax(1).amax(1).tolist()
+    (file,) = tmp_path.glob('*.csv')
+    with open(file, newline='') as rows:
+        found = sorted(float(row['prob']) for row in csv.DictReader(rows))
+    assert found == pytest.approx(sorted(probabilities), rel=1e-4)
+
+
+def test_onnx_export(scripts, trained, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    file, checkpoint = tmp_path / 'model.onnx', trained / 'last.pth.tar'
+    run(scripts, 'onnx_export.py', file, *MODEL, '--checkpoint', checkpoint, '--reparam', '--dynamo', '--opset', '18')
+    session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    image = torch.randn(1, 3, SIZE, SIZE)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    with torch.inference_mode():
+        assert difference(torch.from_numpy(logits), load(checkpoint)(image)) < 1e-4
+
+
+def test_avg_checkpoints(scripts, trained, tmp_path):
+    out = tmp_path / 'average.pth'
+    run(scripts, 'avg_checkpoints.py', '--input', trained, '--filter', 'checkpoint-*.pth.tar', '--output', out, '-n', '4')
+    states = [state_dict(path, 'state_dict_ema') for path in checkpoints(trained).values()]
+    for key, value in load(out).state_dict().items():
+        if value.is_floating_point():
+            expected = torch.stack([state[key].double() for state in states]).mean(0)
+            assert len(states) == 4 and difference(value, expected) < 1e-6, key
