@@ -2,10 +2,18 @@
 import pytest
 import timm
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants, file_download
 
 import timm_smpconv  # noqa: F401 (registers the models)
 
 MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
+
+TOKENS = {  # who sends them to the Hub of hub_server.py
+    'hf_writer': {'name': 'alice', 'orgs': ['timm-smpconv'], 'role': 'write'},
+    'hf_reader': {'name': 'bob', 'orgs': ['timm-smpconv'], 'role': 'read'},
+    'hf_stranger': {'name': 'eve', 'role': 'write'},
+}
 
 # Largest difference allowed, relative to the largest magnitude expected.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -61,3 +69,16 @@ def model():
 @pytest.fixture
 def images():
     return torch.randn(2, 3, 64, 96)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with HubServer(TOKENS) as server:
+        # What server.environment() does in another process. huggingface_hub 0.26 needs more than its endpoint argument.
+        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)
+        monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+        for module in constants, file_download:
+            template = server.url + '/{repo_id}/resolve/{revision}/{filename}'
+            monkeypatch.setattr(module, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
+        yield server
