@@ -108,7 +108,7 @@ def logits(sd, name, x):
 
     def conv_bn(x, key, stride=1):
         weight = sd[f'{key}.conv.weight']
-        groups = weight.shape[0] if weight.shape[1] == 1 else 1
+        groups = x.shape[1] // weight.shape[1]
         return bn(F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=groups), f'{key}.bn')
 
     def large_kernel(x, key, k):
@@ -131,3 +131,26 @@ def logits(sd, name, x):
         if s < 3:
             x = conv_bn(conv_bn(x, f'transitions.{s}.0').relu(), f'transitions.{s}.1', stride=2).relu()
     return bn(x, 'norm').mean((2, 3)) @ sd['head.weight'].T + sd['head.bias']
+
+
+def in_authors_layout(sd):
+    """A state dict of this package under the authors' keys, for `logits`; one in their layout comes back as it is."""
+    out = {}
+    for key, value in sd.items():
+        if key.startswith('head.'):
+            key = key.removeprefix('head.') if key.startswith('head.norm.') else key.replace('.fc', '')
+        elif key.startswith('stages.') and '.downsample.' in key:
+            _, stage, _, rest = key.split('.', 3)
+            key = f'transitions.{int(stage) - 1}.{rest}'
+        elif key.startswith('stages.') and '.norm.' in key:
+            smp = int(key.split('.')[3]) % 2 == 0
+            key = key.replace('.norm.', '.prelkb_bn.' if smp else '.preffn_bn.')
+        for ours, theirs in (
+                ('.dwconv.large.conv.kernel.coords', '.large_kernel.smp.conv.weight_coord'),
+                ('.dwconv.large.conv.kernel.radius', '.large_kernel.smp.conv.radius'),
+                ('.dwconv.large.conv.kernel.weight', '.large_kernel.smp.conv.weights'),
+                ('.dwconv.large.bn.', '.large_kernel.smp.bn.'),
+                ('.dwconv.small.', '.large_kernel.small_conv.')):
+            key = key.replace(ours, theirs)
+        out[key] = value
+    return out

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from timm_smpconv.__main__ import main
+from timm_smpconv.digits import digits
 from timm_smpconv.plot import draw_kernels
 
 COMMAND = [sys.executable, '-m', 'timm_smpconv']
@@ -38,7 +39,10 @@ def test_demo_learns_merges_and_writes(tmp_path, capfd):
     assert radii.min() >= 1e-3 and radii.max() <= 1
 
 
-def test_the_seed_decides(tmp_path):
+def test_the_seed_decides(tmp_path, monkeypatch):
+    few = {training: tuple(part[:128] for part in digits(training)) for training in (True, False)}
+    monkeypatch.setattr('timm_smpconv.demo.digits', few.get)
+
     def trained(seed, folder):
         torch.rand(seed + 1)  # where the generator stands before does not matter
         assert main(['demo', '--epochs', '1', '--seed', str(seed), '--out', str(tmp_path / folder)]) == 0
@@ -55,6 +59,7 @@ def test_an_interrupt_ends_cleanly(tmp_path):
         [*COMMAND, 'demo', '--out', str(tmp_path / 'out')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment)
     assert 'from scratch on 1,437 handwritten digits' in process.stdout.readline()
+    process.stderr.read(1)  # of the progress of the training
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -264,12 +264,12 @@ def test_compile_trains(images):
 
 def test_registry_and_cfgs():
     assert timm.list_models('smpconv*') == sorted(MODELS)
-    assert timm.list_models('smpconv*', pretrained=True) == []  # no weights are published
+    assert timm.list_models('smpconv*', pretrained=True) == ['smpconv_base.in1k', 'smpconv_tiny.in1k']
     cfg = timm.get_pretrained_cfg('smpconv_tiny.in1k')
     assert cfg.tag == 'in1k' and cfg.input_size == (3, 224, 224) and cfg.crop_pct == 0.875
     assert cfg.interpolation == 'bicubic' and cfg.num_classes == 1000
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for smpconv_tiny'):
-        timm.create_model('smpconv_tiny', pretrained=True)
+    with pytest.raises(RuntimeError, match='there are no weights of smpconv_mobile31: the authors published none'):
+        timm.create_model('smpconv_mobile31', pretrained=True)
 
 
 def test_arguments_of_the_caller_win():

@@ -2,17 +2,32 @@
 import re
 from pathlib import Path
 
+import convert
+import publish
 import timm
 import torch
 from conftest import MODELS, difference
+from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
 
 README = (Path(__file__).parent.parent / 'README.md').read_text()
 
 
-def test_python_blocks_run(tmp_path, monkeypatch):
+def command(script):
+    """The arguments that the README gives a script."""
+    (line,) = re.findall(rf'^python {script} (.*)$', README, re.M)
+    return line.split()
+
+
+def test_python_blocks_run(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
     torch.save({'state_dict_ema': authors_state_dict('smpconv_tiny')}, 'SMPConv_T.pth')
+    assert convert.main(command('weights/convert.py')) == 0
+    HfApi(endpoint=server.url, token='hf_writer').create_repo('timm-smpconv/smpconv_tiny.in1k')
+    HfApi(endpoint=server.url, token='hf_writer').upload_folder(
+        repo_id='timm-smpconv/smpconv_tiny.in1k', folder_path='smpconv_tiny.in1k')
+    assert publish.main(command('weights/publish.py') + ['--dry-run']) == 0
     names, engines = {}, 0
     for block in re.findall(r'```python\n(.*?)```', README, re.S):
         exec(compile(block, 'README.md', 'exec'), names)
@@ -23,7 +38,9 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert engines == 4
     image = torch.randn(1, 3, 64, 64)
     assert torch.allclose(names['again'].eval()(image), names['merged'](image), atol=1e-5)
-    assert names['theirs'].num_classes == 1000
+    for name in ('pretrained', 'theirs'):
+        for key, value in names['converted'].state_dict().items():
+            assert torch.equal(names[name].state_dict()[key], value), (name, key)
     assert (tmp_path / 'smpconv_tiny.onnx').exists()
 
 

@@ -12,6 +12,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import timm
 from conftest import MODELS
+from hub_server import HubServer, Repository
+from timm.models import save_for_hf
 
 # Forward, backward, cfg, TorchScript, features in two ways, intermediates, FX forward, backward and scripted.
 PER_MODEL = 10
@@ -42,16 +44,30 @@ def timm_tests(tmp_path):
     return tmp_path / 'timm'
 
 
+@pytest.fixture
+def weights_on_a_hub(tmp_path):
+    """The environment in which the built-in weights exist, with random values, for timm's tests with pretrained=True."""
+    with HubServer() as server:
+        for name in timm.list_models('smpconv*', pretrained=True):
+            save_for_hf(timm.create_model(name), tmp_path / name, safe_serialization=True)
+            repository = server.repositories[timm.get_pretrained_cfg(name).hf_hub_id] = Repository(private=False)
+            files = {path.name: repository.store(path.read_bytes(), large=True) for path in (tmp_path / name).iterdir()}
+            repository.commit('main', 'weights', files)
+        yield {**server.environment(), 'HF_HOME': str(tmp_path / 'cache')}
+
+
 @pytest.mark.timeout(600)
-def test_timm_model_tests_pass_on_every_model(timm_tests):
+def test_timm_model_tests_pass_on_every_model(timm_tests, weights_on_a_hub):
     command = [
         sys.executable, '-m', 'pytest', '-p', 'timm_smpconv', 'tests/test_models.py', '-k', 'smpconv', '-q',
         '-p', 'no:cacheprovider', '--junitxml', 'report.xml']
-    result = subprocess.run(command, cwd=timm_tests, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=timm_tests, env={**os.environ, **weights_on_a_hub}, capture_output=True, text=True)
     cases = ElementTree.parse(timm_tests / 'report.xml').findall('.//testcase')
     passed = [c.get('name') for c in cases if not list(c.iter('failure')) and not list(c.iter('error'))]
     skipped = [c.get('name') for c in cases if list(c.iter('skipped'))]
     assert result.returncode == 0, result.stdout[-5000:]
     assert skipped == [] and len(passed) == len(cases)
+    assert sum('pretrained' in name for name in passed) >= 4  # loading weights, and features of them, tiny and base
     for model in MODELS:
         assert sum(re.search(rf'-{model}(\.in1k)?\]', name) is not None for name in passed) >= PER_MODEL, model

@@ -1,12 +1,17 @@
 """Checkpoints: reading a file, the authors' layout turned into ours, and plain words when one does not fit a model."""
+import argparse
 import re
-from typing import Any, Dict, Iterable, List, Mapping, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.models import clean_state_dict, load_state_dict
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
 
-__all__ = ['CheckpointError', 'check_fit', 'checkpoint_filter_fn', 'merge_mismatch', 'read_checkpoint']
+__all__ = ['CheckpointError', 'check_fit', 'checkpoint_filter_fn', 'merge_mismatch', 'read_checkpoint', 'select_weights']
+
+# Where training scripts keep the two kinds of weights, timm's among them.
+_WRAPPERS = {'ema': ('state_dict_ema', 'model_ema'), 'model': ('state_dict', 'model')}
 
 # Keys of the authors' ImageNet code (smp_imagenet/models/SMPConv.py), applied in order; `None` drops the entry.
 _RENAMES = (
@@ -29,20 +34,48 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
-def read_checkpoint(path: str) -> Dict[str, torch.Tensor]:
-    """Read the weights of a .pth, .pt, .pth.tar or .safetensors file without running code from it; EMA weights first.
+def read_checkpoint(path: str) -> Mapping[str, Any]:
+    """Read a .pth, .pt, .pth.tar or .safetensors file without running code from it.
+
+    Returns:
+        What is in it: a state dict, or what a training script wrapped around one (see `select_weights`).
 
     Raises:
         CheckpointError: There is no such file, or it is damaged, no checkpoint, or a pickle that holds code.
     """
     try:
-        return load_state_dict(path, weights_only=True)
+        if str(path).endswith('.safetensors'):
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data that training scripts save
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(checkpoint, Mapping):
+            raise TypeError(f'not a dict but {type(checkpoint).__name__}')
+        return checkpoint
     except FileNotFoundError as error:
-        raise CheckpointError(f'file must be an existing checkpoint, got {path!r}, where no file is') from error
+        raise CheckpointError(f'file must be an existing checkpoint, got {str(path)!r}, where no file is') from error
     except Exception as error:  # a damaged file breaks the readers in many ways: struct.error, IndexError, KeyError, …
         raise CheckpointError(
             f'file must hold weights alone (.pth, .pt, .pth.tar or .safetensors, whole, without pickled code), got '
-            f'{path!r}, which cannot be read so; nothing in it was run: {type(error).__name__}: {error}') from error
+            f'{str(path)!r}, which cannot be read so; nothing in it was run: {type(error).__name__}: {error}') from error
+
+
+def select_weights(checkpoint: Mapping[str, Any], weights: Optional[str] = None) -> Tuple[Mapping[str, Any], str]:
+    """The state dict that a training script saved, without leading `module.`, and whether it is its 'ema' or its 'model'.
+
+    Args:
+        checkpoint: What `read_checkpoint` returns; a bare state dict counts as 'model'.
+        weights: Which to take; EMA weights first if not said.
+
+    Raises:
+        CheckpointError: There are no EMA weights, which were asked for.
+    """
+    for kind in [weights] if weights else _WRAPPERS:
+        for wrapper in _WRAPPERS[kind]:
+            if isinstance(checkpoint.get(wrapper), Mapping):
+                return clean_state_dict(checkpoint[wrapper]), kind
+    if weights == 'ema':
+        raise CheckpointError(f"weights must be 'model' for a checkpoint without {' or '.join(_WRAPPERS['ema'])}, got 'ema'")
+    return clean_state_dict(checkpoint), 'model'
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -55,12 +88,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
         CheckpointError: Keys are missing or too many, a shape is wrong, a value is no tensor, a radius is not positive and
             finite, or only one of checkpoint and model is merged.
     """
-    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-            break
     out = {}
-    for key, value in clean_state_dict(state_dict).items():
+    for key, value in select_weights(state_dict)[0].items():
         key = _rename(key)
         if key is None:
             continue

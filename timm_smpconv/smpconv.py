@@ -20,9 +20,10 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices  # timm gives it no public name
 from timm.utils import reparameterize_model
 
-from .checkpoint import check_fit, checkpoint_filter_fn, merge_mismatch, read_checkpoint
+from .checkpoint import check_fit, checkpoint_filter_fn, merge_mismatch
 from .kernel import SMPKernel
 from .layers import ConvNorm, DepthwiseConv2d, NormClassifierHead, RepSMPConv2d, fuse_pointwise
+from .pretrained import NAMESPACE, prepare_pretrained
 
 __all__ = ['SMPConvNet']
 
@@ -391,17 +392,16 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'smpconv_tiny.in1k': _cfg(),
-    'smpconv_base.in1k': _cfg(),
+    'smpconv_tiny.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/smpconv_tiny.in1k'),
+    'smpconv_base.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/smpconv_base.in1k'),
     'smpconv_mobile31.in1k': _cfg(),
     'smpconv_mobile51.in1k': _cfg(),
 })
 
 
 def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    if pretrained and overlay.get('file'):  # read here, for errors that say what is wrong with the file
-        kwargs['pretrained_cfg_overlay'] = dict(overlay, state_dict=read_checkpoint(overlay['file']))
+    if pretrained:
+        kwargs = prepare_pretrained(variant, kwargs)
     model = build_model_with_cfg(
         SMPConvNet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

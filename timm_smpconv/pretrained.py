@@ -1,0 +1,90 @@
+"""Published weights: where they are on the Hugging Face Hub, and downloading them checked."""
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils.sha import sha_fileobj
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
+
+from .checkpoint import CheckpointError, read_checkpoint, select_weights
+
+__all__ = ['NAMESPACE', 'SHA256', 'prepare_pretrained']
+
+NAMESPACE = 'timm-smpconv'  # of the built-in weights, as timm-smpconv/smpconv_tiny.in1k
+FILE = 'model.safetensors'
+_CLIENT_ERRORS = (OSError, *HfHubHTTPError.__bases__)  # the latter are of its HTTP library, which depends on its version
+# model.tag → sha256 of the published file, as in weights/sources.yaml: with `pretrained=True` no other one is taken.
+SHA256: Dict[str, str] = {}
+
+
+def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """See to it that timm finds the weights of a model to be created, and that they are what was published.
+
+    A file of the overlay is read here, for errors that say what is wrong with it. A file of the Hub is brought into the
+    client's cache, from which timm reads it afterwards.
+
+    Args:
+        variant: The model's name.
+        kwargs: Of its entry point.
+
+    Returns:
+        The kwargs to go on with.
+
+    Raises:
+        CheckpointError: No weights are known, they cannot be had, or they are not the published ones.
+    """
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    if cfg.source == 'local-dir' or cfg.state_dict:
+        return kwargs
+    if cfg.source != 'hf-hub' and cfg.file:
+        state_dict, _ = select_weights(read_checkpoint(cfg.file))
+        return dict(kwargs, pretrained_cfg_overlay=dict(overlay, state_dict=state_dict))
+    if cfg.hf_hub_id:
+        _fetch(variant, cfg, kwargs.get('cache_dir'))
+    elif not cfg.url:
+        raise CheckpointError(
+            f'there are no weights of {variant}: the authors published none. Train it with `timm-smpconv recipe {variant}`, '
+            'and load what you get with pretrained_cfg_overlay=dict(file="model_best.pth.tar"); or use pretrained=False')
+    return kwargs
+
+
+def _fetch(variant: str, cfg: PretrainedCfg, cache_dir: Union[str, Path, None]) -> None:
+    repo, _, revision = cfg.hf_hub_id.partition('@')
+    name = cfg.hf_hub_filename or FILE
+    try:
+        path = Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir))
+    except _CLIENT_ERRORS as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return  # the repository has weights by another name, or none: timm knows which to try
+        raise CheckpointError(
+            f'the weights of {variant} could not be had: tried {name} of {cfg.hf_hub_id} at {constants.ENDPOINT} and in the '
+            f'cache {cache_dir or constants.HF_HUB_CACHE}. If they are not published yet: publish them '
+            '(weights/publish.py); or load a folder that weights/convert.py wrote, by timm.create_model("local-dir:DIR", '
+            f'pretrained=True); or the authors\' file, by timm.create_model("{variant}", pretrained=True, '
+            f'pretrained_cfg_overlay=dict(file="FILE.pth")). The client said: {_first_line(error)}') from error
+    _check(path, cfg, revision)
+
+
+def _check(path: Path, cfg: PretrainedCfg, revision: str) -> None:
+    """Compare a downloaded file with what was announced: the client compares sizes only."""
+    blob = path.resolve()
+    announced: Optional[str] = blob.name if len(blob.name) == 64 else None  # of large files, where there are links
+    with blob.open('rb') as file:
+        found = sha_fileobj(file).hex()
+    if announced and found != announced:
+        path.unlink()
+        blob.unlink()
+        raise CheckpointError(
+            f'{cfg.hf_hub_id} announced a file of sha256 {announced} and sent one of {found}, which was removed from the '
+            'cache: try again, and tell the people who host it if that does not help')
+    recorded = SHA256.get(f'{cfg.architecture}.{cfg.tag}')
+    if recorded and found != recorded and cfg.source != 'hf-hub' and not revision:
+        raise CheckpointError(
+            f'{cfg.hf_hub_id} has a file of sha256 {found}, and this version of timm-smpconv knows {recorded}: they were '
+            f'changed after its release. Update it, or name them yourself: timm.create_model("hf-hub:{cfg.hf_hub_id}")')
+
+
+def _first_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
