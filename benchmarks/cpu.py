@@ -21,6 +21,7 @@ from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
 from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _margins
 
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+ON_CPU = {name: backend for name, backend in BACKENDS.items() if name != 'triton'}
 PASSES = ('output', 'input gradient', 'weight gradient')
 STAGES = [  # (C, H, K) of the large kernels in tiny's and mobile51's stages
     (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51), (128, 28, 49), (256, 14, 47), (320, 7, 13)]
@@ -79,7 +80,7 @@ def rules(args):
     for dtype in (torch.float32, torch.bfloat16):
         for batch in args.batch:
             for layout, memory_format in FORMATS.items():
-                print(f'\n{str(dtype)[6:]}, batch {batch}, {layout}: ms ({", ".join(BACKENDS)}), * is chosen')
+                print(f'\n{str(dtype)[6:]}, batch {batch}, {layout}: ms ({", ".join(ON_CPU)}), * is chosen')
                 for c, h, k in SHAPES:
                     rules_shape(dtype, batch, memory_format, c, h, k, args.rounds)
 
@@ -92,8 +93,8 @@ def rules_shape(dtype, batch, memory_format, c, h, k, rounds):
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     passes = {
         'conv': ({n: lambda b=b: b.conv(x, weight, None).contiguous(memory_format=memory_format)
-                  for n, b in BACKENDS.items()}, _choose(CONV_RULES, x, k, k)),
-        'corr': ({n: lambda b=b: b.corr(grad, x, k, k) for n, b in BACKENDS.items()}, _choose(CORR_RULES, x, k, k)),
+                  for n, b in ON_CPU.items()}, _choose(CONV_RULES, x, k, k)),
+        'corr': ({n: lambda b=b: b.corr(grad, x, k, k) for n, b in ON_CPU.items()}, _choose(CORR_RULES, x, k, k)),
     }
     line = f'  C {c:4} H {h:3} K {k:2}'
     exact = BACKENDS['fft']
@@ -175,7 +176,7 @@ def accuracy(args):
             cotangent = torch.randn(2, c, h, h).to(dtype)
             exact = results('native', *[t.double() for t in inputs], cotangent.double())
             line = f'  C {c:4} H {h:3} K {k:2}'
-            for name in (*BACKENDS, None):
+            for name in (*ON_CPU, None):
                 errors = [difference(a, e) for a, e in zip(results(name, *inputs, cotangent), exact)]
                 line += f' | {name or "chosen"} ' + ' '.join(f'{e:.0e}' for e in errors)
             print(line, flush=True)

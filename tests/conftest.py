@@ -1,11 +1,18 @@
 """Shared by all tests: repeatable random numbers, small images, one tolerance table."""
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # before anything imports Triton
+
 import pytest
 import timm
-import torch
 from hub_server import HubServer
 from huggingface_hub import constants, file_download
 
 import timm_smpconv  # noqa: F401 (registers the models)
+from timm_smpconv.ops import BACKENDS
 
 MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
 
@@ -14,6 +21,8 @@ TOKENS = {  # who sends them to the Hub of hub_server.py
     'hf_reader': {'name': 'bob', 'orgs': ['timm-smpconv'], 'role': 'read'},
     'hf_stranger': {'name': 'eve', 'role': 'write'},
 }
+
+CPU_BACKENDS = [name for name in BACKENDS if name != 'triton']
 
 # Largest difference allowed, relative to the largest magnitude expected.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

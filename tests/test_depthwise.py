@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LAYOUTS, TOLERANCE, difference
+from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
 from reference import conv_loop
 
 from timm_smpconv import depthwise_conv2d
@@ -51,7 +51,7 @@ def compare(inputs, function, tolerance):
         assert difference(got, want) < tolerance
 
 
-@pytest.mark.parametrize('backend', [None, *BACKENDS])
+@pytest.mark.parametrize('backend', [None, *CPU_BACKENDS])
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_output_and_gradients(case, backend):
     if backend is None:
@@ -92,7 +92,7 @@ def test_half_precision_is_as_good_as_native(dtype):
         assert ours <= 1.5 * native + torch.finfo(dtype).eps / 4
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', CPU_BACKENDS)
 @pytest.mark.parametrize('k,l', [(5, 3), (3, 17), (17, 17)])
 def test_equals_the_definition(k, l, backend):
     inputs = [t.requires_grad_() for t in tensors(2, 3, 6, 9, k, l, dtype=torch.float64)]
@@ -106,7 +106,7 @@ def test_equals_the_definition(k, l, backend):
 
 
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
-@pytest.mark.parametrize('backend', [None, *BACKENDS])
+@pytest.mark.parametrize('backend', [None, *CPU_BACKENDS])
 def test_the_memory_format_of_the_input_is_kept(layout, backend):
     x, weight = tensors(2, 4, 8, 8, 7, 7, bias=False)
     x = LAYOUTS[layout](x).requires_grad_()
@@ -138,7 +138,7 @@ def test_empty_batch():
 
 def test_no_image_reaches_another():
     for value in (float('nan'), float('inf')):
-        for backend in BACKENDS:
+        for backend in CPU_BACKENDS:
             x, weight = tensors(3, 4, 14, 14, 13, 13, bias=False)
             clean = x.clone()
             x[1] = value
@@ -189,7 +189,7 @@ def test_torch_func(l):
     assert difference(*tangents) < 1e-12
 
 
-@pytest.mark.parametrize('backend', [None, *BACKENDS])
+@pytest.mark.parametrize('backend', [None, *CPU_BACKENDS])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_opcheck(backend, layout):
     x, weight, bias = tensors(2, 3, 6, 7, 9, 9)
@@ -268,7 +268,7 @@ def test_use_backend_forces_and_ends(monkeypatch):
     assert calls == ['channels_last', 'channels_last', 'fft', 'fft']
     with pytest.raises(ValueError, match="'fft' was forced and cannot run: a graph to be exported"), use_backend('fft'):
         torch.jit.trace(Net(), torch.randn(1, 3, 9, 9))
-    with pytest.raises(ValueError, match="name must be one of native, contiguous, channels_last, fft, got 'cudnn'"):
+    with pytest.raises(ValueError, match="name must be one of native, contiguous, channels_last, fft, triton, got 'cudnn'"):
         with use_backend('cudnn'):
             pass
 

@@ -10,7 +10,9 @@ Two operators are closed under differentiation, so that every derivative of ever
 
 Taps that meet nothing but padding (a kernel longer than 2H - 1) are cropped away first, which is exact.
 """
+import importlib.util
 import logging
+import os
 from contextlib import contextmanager
 from typing import Callable, Dict, FrozenSet, Iterator, NamedTuple, Optional, Tuple
 
@@ -217,11 +219,34 @@ def _needs_cpu_or_cuda(x: torch.Tensor) -> Optional[str]:
     return None
 
 
+def _triton(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    from . import depthwise_triton  # where Triton is installed alone
+    return depthwise_triton.conv(x, weight, bias)
+
+
+def _triton_corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
+    from . import depthwise_triton
+    return depthwise_triton.corr(grad, x, k, l)
+
+
+def _needs_triton(x: torch.Tensor) -> Optional[str]:
+    if x.device.type not in ('cuda', 'meta') and os.environ.get('TRITON_INTERPRET') != '1':
+        return f'triton runs on cuda only (elsewhere in its interpreter, with TRITON_INTERPRET=1), x is on {x.device}'
+    if importlib.util.find_spec('triton') is None:
+        return 'triton is not installed'
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f'triton computes float32, bfloat16 and float16, x is {x.dtype}'
+    if x.shape[3] > 128:
+        return f'triton takes maps of at most 128 columns, x has {x.shape[3]}'
+    return None
+
+
 BACKENDS: Dict[str, Backend] = {
     'native': Backend(_native, _native_corr, _anywhere),
     'contiguous': Backend(_contiguous, _contiguous_corr, _anywhere),
     'channels_last': Backend(_channels_last, _channels_last_corr, _anywhere),
     'fft': Backend(_fft, _fft_corr, _needs_cpu_or_cuda),
+    'triton': Backend(_triton, _triton_corr, _needs_triton),  # chosen nowhere before it is measured
 }
 
 

@@ -1,0 +1,181 @@
+"""The Triton programs against `F.conv2d` in float64: in Triton's interpreter on small shapes, on a GPU at real sizes too.
+
+Memory that is not written is NaN here.
+"""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import LAYOUTS, TOLERANCE, difference
+
+from timm_smpconv import depthwise_conv2d
+from timm_smpconv.ops import use_backend
+from timm_smpconv.ops.depthwise import _conv_op, _corr_op
+
+pytest.importorskip('triton', reason='Triton is not installed')
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device('cuda' if ON_GPU else 'cpu')
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [  # (B, C, H, W, K, L)
+    (1, 1, 1, 1, 3, 3),
+    (1, 1, 5, 5, 3, 3),
+    (3, 2, 7, 7, 13, 13),  # K = 2H - 1
+    (3, 2, 4, 4, 31, 31),  # K > 2H - 1
+    (2, 3, 9, 17, 5, 31),
+    (1, 2, 20, 6, 9, 3),
+    (2, 1, 3, 33, 1, 7),
+    (2, 1, 33, 3, 7, 1),
+    (33, 1, 18, 18, 5, 5),  # more images than in half a tile
+    (1, 2, 40, 40, 11, 11),  # several groups of rows in a tile
+    (1, 1, 6, 128, 3, 15),
+]
+REAL = [(64, 128, 56, 56, 31, 31), (7, 256, 28, 28, 29, 29), (130, 96, 14, 14, 27, 27), (128, 1024, 7, 7, 13, 13)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory is NaN; where there is no GPU, the interpreter's products take bfloat16, which 3.8's read as integers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def bfloat16_products():
+    if ON_GPU:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+    product = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *args):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(t, tl.float32) for t in (a, b))
+        return product(self, a, b, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, 'create_dot', create_dot)
+        yield
+
+
+def tensors(b, c, h, w, k, l, dtype):
+    x, weight = torch.randn(b, c, h, w), torch.randn(c, 1, k, l) / (k * l) ** 0.5
+    return [t.to(DEVICE, dtype) for t in (x, weight, torch.randn(c), torch.randn(b, c, h, w))]
+
+
+def compare(x, weight, bias, cotangent):
+    """Output and all gradients; the oracle runs on the CPU."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    wide = [t.detach().double().cpu().requires_grad_() for t in (x, weight, bias)]
+    k, l = weight.shape[2:]
+    expected = F.conv2d(*wide, padding=(k // 2, l // 2), groups=x.shape[1])
+    with use_backend('triton'):
+        actual = depthwise_conv2d(*leaves)
+        grads = torch.autograd.grad(actual, leaves, cotangent)
+    wanted = torch.autograd.grad(expected, wide, cotangent.double().cpu())
+    for got, want in zip((actual, *grads), (expected, *wanted)):
+        assert got.dtype == x.dtype and difference(got.cpu(), want) < TOLERANCE[x.dtype]
+    return actual
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('case', CASES + (REAL if ON_GPU else []), ids=str)
+def test_output_and_gradients(case, dtype):
+    compare(*tensors(*case, dtype=dtype))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layouts(layout):
+    x, *rest = tensors(2, 3, 9, 12, 7, 5, dtype=torch.float32)
+    x = LAYOUTS[layout](x)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    y = compare(x, *rest)
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_an_image_of_nan_stays_alone():
+    x, weight, bias, _ = tensors(3, 2, 9, 9, 5, 5, dtype=torch.float32)
+    with use_backend('triton'):
+        clean = depthwise_conv2d(x, weight, bias)
+        x[1] = float('nan')
+        y = depthwise_conv2d(x, weight, bias)
+    assert torch.equal(y[::2], clean[::2]) and y[1].isnan().all()
+
+
+def test_the_same_gradients_every_time():
+    x, weight, bias, cotangent = tensors(5, 3, 10, 10, 7, 7, dtype=torch.float32)
+    runs = []
+    for _ in range(2):
+        leaves = [t.detach().requires_grad_() for t in (x, weight)]
+        with use_backend('triton'):
+            runs.append(torch.autograd.grad(depthwise_conv2d(*leaves), leaves, cotangent))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_opcheck():
+    x, weight, bias, cotangent = tensors(2, 3, 6, 6, 5, 5, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    torch.library.opcheck(_conv_op, (*leaves, 'triton'))
+    torch.library.opcheck(_corr_op, (cotangent.requires_grad_(), x, 5, 5, 'triton'))
+
+
+@pytest.mark.parametrize('dtype,width,reason', [
+    (torch.float64, 8, 'triton computes float32, bfloat16 and float16, x is torch.float64'),
+    (torch.float32, 129, 'triton takes maps of at most 128 columns, x has 129'),
+])
+def test_what_it_cannot_run(dtype, width, reason):
+    x = torch.zeros(1, 1, 2, width, dtype=dtype, device=DEVICE)
+    with use_backend('triton'), pytest.raises(ValueError, match=reason):
+        depthwise_conv2d(x, torch.zeros(1, 1, 3, 3, dtype=dtype, device=DEVICE))
+
+
+def test_not_on_the_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    with use_backend('triton'), pytest.raises(ValueError, match='triton runs on cuda only'):
+        depthwise_conv2d(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3))
+
+
+COMPILE = '''
+import torch
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from timm_smpconv.ops import depthwise_triton as programs
+
+NUMBERS = ('B', 'C', 'H', 'W', 'K', 'L', 'groups')
+TYPES = {torch.bfloat16: 'bf16', torch.float32: 'fp32'}
+
+def compiled(program, options, **constants):
+    names = program.arg_names
+    signature = {n: 'constexpr' if n in constants else 'i32' if n in NUMBERS else
+                 '*fp32' if n == 'products' else '*' + pointer for n in names}
+    return compile(ASTSource(program, signature, constants), target=GPUTarget('cuda', capability, 32), options=options)
+
+PRODUCTS = {80: 'mma.sync', 90: 'wgmma', 100: 'tcgen05'}
+for dtype, capability in [(torch.bfloat16, 80), (torch.bfloat16, 90), (torch.bfloat16, 100), (torch.float32, 90)]:
+    pointer, product = TYPES[dtype], PRODUCTS[capability]
+    x = torch.empty(128, 1, 56, 56, dtype=dtype)
+    p, r, images, groups = programs._tile(x)
+    precision = 'tf32' if dtype == torch.float32 else 'ieee'
+    stages = dict(num_stages=programs._stages(x))
+    shared = [
+        compiled(programs._slabs_program, {}, R=r, P=p),
+        compiled(programs._conv_program, dict(stages, num_warps=8), HAS_BIAS=True, PRECISION=precision,
+                 IMAGES=images, GROUPS=groups, R=r, P=p),
+        compiled(programs._products_program, stages, PRECISION=precision, ROWS=64, P=p),
+        compiled(programs._diagonals_program, {}, P=p, TAPS=32)]
+    assert all(product in shared[i].asm['ptx'] for i in (1, 2)), (dtype, capability)
+    assert all(k.metadata.shared <= 166912 for k in shared), [k.metadata.shared for k in shared]  # of an A100
+'''
+
+
+def test_compiles_to_tensor_cores_without_a_gpu(tmp_path):
+    environ = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    environ['TRITON_CACHE_DIR'] = str(tmp_path)
+    (tmp_path / 'compile.py').write_text(COMPILE)
+    result = subprocess.run([sys.executable, tmp_path / 'compile.py'], env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
