@@ -9,6 +9,9 @@ import torch
 from conftest import MODELS, difference
 from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
+from test_weights import unpublished
+
+from timm_smpconv import pretrained
 
 README = (Path(__file__).parent.parent / 'README.md').read_text()
 
@@ -23,7 +26,9 @@ def test_python_blocks_run(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
     torch.save({'state_dict_ema': authors_state_dict('smpconv_tiny')}, 'SMPConv_T.pth')
-    assert convert.main(command('weights/convert.py')) == 0
+    monkeypatch.setattr(pretrained, 'BUILT_IN', dict.fromkeys(pretrained.BUILT_IN))  # whatever was published
+    unpublished(tmp_path / 'sources.yaml')
+    assert convert.main([*command('weights/convert.py'), '--sources', 'sources.yaml']) == 0
     HfApi(endpoint=server.url, token='hf_writer').create_repo('timm-smpconv/smpconv_tiny.in1k')
     HfApi(endpoint=server.url, token='hf_writer').upload_folder(
         repo_id='timm-smpconv/smpconv_tiny.in1k', folder_path='smpconv_tiny.in1k')

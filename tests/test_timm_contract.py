@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import timm
@@ -53,13 +54,14 @@ def weights_on_a_hub(tmp_path):
             repository = server.repositories[timm.get_pretrained_cfg(name).hf_hub_id] = Repository(private=False)
             files = {path.name: repository.store(path.read_bytes(), large=True) for path in (tmp_path / name).iterdir()}
             repository.commit('main', 'weights', files)
-        yield {**server.environment(), 'HF_HOME': str(tmp_path / 'cache')}
+        plugins = Path(__file__).parent / 'plugins'
+        yield {**server.environment(), 'HF_HOME': str(tmp_path / 'cache'), 'PYTHONPATH': str(plugins)}
 
 
 @pytest.mark.timeout(600)
 def test_timm_model_tests_pass_on_every_model(timm_tests, weights_on_a_hub):
     command = [
-        sys.executable, '-m', 'pytest', '-p', 'timm_smpconv', 'tests/test_models.py', '-k', 'smpconv', '-q',
+        sys.executable, '-m', 'pytest', '-p', 'any_weights', 'tests/test_models.py', '-k', 'smpconv', '-q',
         '-p', 'no:cacheprovider', '--junitxml', 'report.xml']
     result = subprocess.run(
         command, cwd=timm_tests, env={**os.environ, **weights_on_a_hub}, capture_output=True, text=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import convert
 import pytest
 import timm
 import torch
@@ -168,6 +169,17 @@ def test_options_train(scripts, digits, trained, tmp_path, options):
     losses = [row['train_loss'] for row in summary(train(scripts, digits, tmp_path, *options))]
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     assert losses[0] < 1.5 if checkpoint in options else losses[-1] < 0.9 * losses[0]
+
+
+def test_its_checkpoint_is_converted(digits, trained, tmp_path):
+    out = tmp_path / 'converted'
+    command = [str(trained / 'last.pth.tar'), '--model', 'smpconv_mobile31', '--tag', 'digits', '--out', str(out)]
+    assert convert.main(command) == 0
+    model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
+    assert model.pretrained_cfg['crop_pct'] == 1 and tuple(model.pretrained_cfg['input_size']) == (3, SIZE, SIZE)
+    _, batch = images(digits / 'validation')
+    with torch.inference_mode():
+        assert torch.equal(model(batch), load(trained / 'last.pth.tar')(batch))
 
 
 def test_validate(scripts, digits, trained):

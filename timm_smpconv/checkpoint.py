@@ -71,7 +71,7 @@ def select_weights(checkpoint: Mapping[str, Any], weights: Optional[str] = None)
     """
     for kind in [weights] if weights else _WRAPPERS:
         for wrapper in _WRAPPERS[kind]:
-            if isinstance(checkpoint.get(wrapper), Mapping):
+            if isinstance(checkpoint.get(wrapper), Mapping) and checkpoint[wrapper]:
                 return clean_state_dict(checkpoint[wrapper]), kind
     if weights == 'ema':
         raise CheckpointError(f"weights must be 'model' for a checkpoint without {' or '.join(_WRAPPERS['ema'])}, got 'ema'")
@@ -95,6 +95,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
             continue
         if key.endswith('.kernel.radius') and isinstance(value, torch.Tensor) and value.ndim == 4:
             value = value.flatten(1)  # (1, P, 1, 1) → (1, P)
+        if key in out:
+            raise CheckpointError(f'state_dict must hold every weight once, got {key} under two names')
         out[key] = value
     expected = model.state_dict()
     _check_keys(out, expected, ignore=_CLASSIFIER)

@@ -9,13 +9,20 @@ from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
 from .checkpoint import CheckpointError, read_checkpoint, select_weights
 
-__all__ = ['NAMESPACE', 'SHA256', 'prepare_pretrained']
+__all__ = ['BUILT_IN', 'hub_id', 'prepare_pretrained']
 
 NAMESPACE = 'timm-smpconv'  # of the built-in weights, as timm-smpconv/smpconv_tiny.in1k
 FILE = 'model.safetensors'
-_CLIENT_ERRORS = (OSError, *HfHubHTTPError.__bases__)  # the latter are of its HTTP library, which depends on its version
-# model.tag → sha256 of the published file, as in weights/sources.yaml: with `pretrained=True` no other one is taken.
-SHA256: Dict[str, str] = {}
+# model.tag of the weights that have a source (weights/sources.yaml) → sha256 of the published file, None before it is:
+# with `pretrained=True` no other file is taken.
+BUILT_IN: Dict[str, Optional[str]] = {'smpconv_tiny.in1k': None, 'smpconv_base.in1k': None}
+# The client's own, its HTTP library's, which depends on its version, and those of hf_xet.
+_CLIENT_ERRORS = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+
+
+def hub_id(name: str) -> Optional[str]:
+    """Where the built-in weights model.tag are, or will be, if they have a source."""
+    return f'{NAMESPACE}/{name}' if name in BUILT_IN else None
 
 
 def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -43,21 +50,26 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         return dict(kwargs, pretrained_cfg_overlay=dict(overlay, state_dict=state_dict))
     if cfg.hf_hub_id:
         _fetch(variant, cfg, kwargs.get('cache_dir'))
+    elif not cfg.url and f'{variant}.in1k' in BUILT_IN:
+        raise CheckpointError('the pretrained_cfg must name weights by file, url or hf_hub_id, got none of them')
     elif not cfg.url:
         raise CheckpointError(
-            f'there are no weights of {variant}: the authors published none. Train it with `timm-smpconv recipe {variant}`, '
-            'and load what you get with pretrained_cfg_overlay=dict(file="model_best.pth.tar"); or use pretrained=False')
+            f'there are no weights of {variant}: the authors published none. Train it with timm\'s train.py and the recipe '
+            f'that `timm-smpconv recipe {variant}` names, and load what you get with '
+            'pretrained_cfg_overlay=dict(file="model_best.pth.tar"); or use pretrained=False')
     return kwargs
 
 
 def _fetch(variant: str, cfg: PretrainedCfg, cache_dir: Union[str, Path, None]) -> None:
     repo, _, revision = cfg.hf_hub_id.partition('@')
-    name = cfg.hf_hub_filename or FILE
+    named = cfg.hf_hub_filename or ''
+    name = named if named.endswith('.safetensors') else FILE  # timm prefers it to the others
     try:
         path = Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir))
-    except _CLIENT_ERRORS as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return  # the repository has weights by another name, or none: timm knows which to try
+    except (*_CLIENT_ERRORS, EntryNotFoundError) as error:
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if absent and cfg.source == 'hf-hub':
+            return  # somebody's weights by another name: timm knows which to try
         raise CheckpointError(
             f'the weights of {variant} could not be had: tried {name} of {cfg.hf_hub_id} at {constants.ENDPOINT} and in the '
             f'cache {cache_dir or constants.HF_HUB_CACHE}. If they are not published yet: publish them '
@@ -68,22 +80,24 @@ def _fetch(variant: str, cfg: PretrainedCfg, cache_dir: Union[str, Path, None]) 
 
 
 def _check(path: Path, cfg: PretrainedCfg, revision: str) -> None:
-    """Compare a downloaded file with what was announced: the client compares sizes only."""
+    """Compare a file of the cache with what was announced: the client compares sizes only."""
     blob = path.resolve()
-    announced: Optional[str] = blob.name if len(blob.name) == 64 else None  # of large files, where there are links
+    announced = blob.name if len(blob.name) == 64 else None  # known of large files, where the cache has links
     with blob.open('rb') as file:
         found = sha_fileobj(file).hex()
     if announced and found != announced:
-        path.unlink()
-        blob.unlink()
+        path.unlink(missing_ok=True)
+        blob.unlink(missing_ok=True)
         raise CheckpointError(
-            f'{cfg.hf_hub_id} announced a file of sha256 {announced} and sent one of {found}, which was removed from the '
-            'cache: try again, and tell the people who host it if that does not help')
-    recorded = SHA256.get(f'{cfg.architecture}.{cfg.tag}')
-    if recorded and found != recorded and cfg.source != 'hf-hub' and not revision:
+            f'the file of {cfg.hf_hub_id} has sha256 {found}, and {announced} was announced. It was removed from the cache: '
+            'try again, and tell the people who host it if that does not help')
+    name = f'{cfg.architecture}.{cfg.tag}'
+    recorded = BUILT_IN.get(name)
+    if recorded and found != recorded and cfg.hf_hub_id == hub_id(name) and cfg.source != 'hf-hub' and not revision:
         raise CheckpointError(
-            f'{cfg.hf_hub_id} has a file of sha256 {found}, and this version of timm-smpconv knows {recorded}: they were '
-            f'changed after its release. Update it, or name them yourself: timm.create_model("hf-hub:{cfg.hf_hub_id}")')
+            f'{cfg.hf_hub_id} has a file of sha256 {found}, and this version of timm-smpconv knows {recorded}: it was '
+            'changed after the release. Update timm-smpconv, or name the weights yourself: '
+            f'timm.create_model("hf-hub:{cfg.hf_hub_id}", pretrained=True)')
 
 
 def _first_line(error: Exception) -> str:

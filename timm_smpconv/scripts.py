@@ -62,7 +62,8 @@ def _fetch(url: str, path: Path) -> None:
     print(f'fetching {url}', file=sys.stderr)
     with urllib.request.urlopen(url, timeout=60) as response:
         source = response.read()  # of one piece, so that a connection that ends early is an error
-    ast.parse(source)  # and not the page of a proxy
+    if not any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(ast.parse(source))):
+        raise SyntaxError('not a script')  # but the page of a proxy
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f'.{os.getpid()}.part')
     try:

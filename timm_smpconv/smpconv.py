@@ -23,7 +23,7 @@ from timm.utils import reparameterize_model
 from .checkpoint import check_fit, checkpoint_filter_fn, merge_mismatch
 from .kernel import SMPKernel
 from .layers import ConvNorm, DepthwiseConv2d, NormClassifierHead, RepSMPConv2d, fuse_pointwise
-from .pretrained import NAMESPACE, prepare_pretrained
+from .pretrained import hub_id, prepare_pretrained
 
 __all__ = ['SMPConvNet']
 
@@ -392,10 +392,8 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'smpconv_tiny.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/smpconv_tiny.in1k'),
-    'smpconv_base.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/smpconv_base.in1k'),
-    'smpconv_mobile31.in1k': _cfg(),
-    'smpconv_mobile51.in1k': _cfg(),
+    name: _cfg(hf_hub_id=hub_id(name))
+    for name in ('smpconv_tiny.in1k', 'smpconv_base.in1k', 'smpconv_mobile31.in1k', 'smpconv_mobile51.in1k')
 })
 
 

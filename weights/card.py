@@ -15,7 +15,7 @@ def model_card(model: str, tag: str, entry: Optional[Dict[str, Any]], facts: Dic
         tag: 'in1k'.
         entry: Of sources.yaml, if these weights are listed there.
         facts: What was converted: 'parameters', 'merged', 'origin' (a sentence), 'published' (whether these are the weights
-            whose top-1 the entry gives), 'num_classes', 'input_size', 'difference'.
+            whose top-1 the entry gives; None if that is not known), 'num_classes', 'input_size', 'difference'.
     """
     repo_id = entry['hub_id'] if entry and not facts['merged'] else f'ORG/{model}.{tag}'
     on_imagenet = tag.startswith('in1k')
@@ -86,9 +86,11 @@ merged = timm.utils.reparameterize_model(model)
 '''
 
 
-def _top1(entry: Dict[str, Any], published: bool) -> str:
+def _top1(entry: Dict[str, Any], published: Optional[bool]) -> str:
     if published:
         return f'{entry["top1"]} {entry["top1_source"]}; not measured again'
+    if published is None:
+        return f'{entry["top1"]} {entry["top1_source"]}; that this is it was not verified, nor was it measured again'
     return f'not measured for these weights; {entry["top1"]} {entry["top1_source"]}'
 
 
