@@ -42,8 +42,7 @@ OURS = {  # authors' key: ours
 }
 
 
-@pytest.mark.parametrize('h,w', [(64, 64), (40, 96)])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name,h,w', [(name, 64, 64) for name in MODELS] + [('smpconv_tiny', 40, 96)])
 def test_authors_checkpoint_gives_the_oracles_logits_and_gradients(name, h, w, tmp_path):
     sd = authors_state_dict(name)
     noise = {k: torch.zeros_like(v) for k, v in sd.items()}
