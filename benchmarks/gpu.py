@@ -1,7 +1,7 @@
 """What the operator and the models cost on a GPU: `python -m benchmarks.gpu [ops] [models]`. Not run on one so far.
 
-Times are medians in milliseconds by `triton.testing.do_bench`: device events, after a warm-up, the L2 cache overwritten before
-each run. Outputs are compared with `F.conv2d` before anything is timed.
+Times are medians in milliseconds by `triton.testing.do_bench`: device events, after a warm-up, the L2 cache overwritten
+before each run. Outputs are compared with `F.conv2d` before anything is timed.
 """
 import argparse
 import platform
@@ -18,7 +18,8 @@ from timm_smpconv.ops import depthwise_conv2d, use_backend
 
 SHAPES = {  # (C, H, K): of the design, and of mobile51's stages
     'A': (128, 56, 31), 'B': (256, 28, 29), 'C': (512, 14, 27), 'D': (1024, 7, 13), 'E': (124, 56, 51),
-    'mobile51, 0': (64, 56, 51), 'mobile51, 1': (128, 28, 49), 'mobile51, 2': (256, 14, 47), 'mobile51, 3': (320, 7, 13)}
+    'mobile51, 0': (64, 56, 51), 'mobile51, 1': (128, 28, 49),
+    'mobile51, 2': (256, 14, 47), 'mobile51, 3': (320, 7, 13)}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 BYTES_PER_MS, FLOP_PER_MS = 4.3e9, {torch.float32: 6.0e10, torch.bfloat16: 7.9e11, torch.float16: 7.9e11}  # of an H200
 PASSES = ('output', 'input gradient', 'weight gradient')
@@ -124,8 +125,9 @@ def models(args):
             image = x.to(torch.bfloat16)
             with torch.inference_mode(), use_backend(backend):
                 forward = milliseconds(lambda: merged(image), rep=2000)
-            print(f'  {name:14} {backend:8} training {1e3 * batch / training:8.0f} | merged {1e3 * batch / forward:8.0f}',
-                  flush=True)
+            print(
+                f'  {name:14} {backend:8} training {1e3 * batch / training:8.0f} | merged {1e3 * batch / forward:8.0f}',
+                flush=True)
 
 
 SECTIONS = {'ops': ops, 'models': models}

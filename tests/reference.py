@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 
 CONFIGS = {
-    'smpconv_tiny': dict(depths=(2, 2, 8, 2), dims=(96, 192, 384, 768), kernels=(31, 29, 27, 13), divisor=4, ratio=4),
-    'smpconv_base': dict(depths=(2, 2, 20, 2), dims=(128, 256, 512, 1024), kernels=(31, 29, 27, 13), divisor=4, ratio=4),
-    'smpconv_mobile31': dict(depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), kernels=(31, 29, 27, 13), divisor=8, ratio=2),
-    'smpconv_mobile51': dict(depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), kernels=(51, 49, 47, 13), divisor=8, ratio=2),
+    'smpconv_tiny': dict(
+        depths=(2, 2, 8, 2), dims=(96, 192, 384, 768), kernels=(31, 29, 27, 13), divisor=4, ratio=4),
+    'smpconv_base': dict(
+        depths=(2, 2, 20, 2), dims=(128, 256, 512, 1024), kernels=(31, 29, 27, 13), divisor=4, ratio=4),
+    'smpconv_mobile31': dict(
+        depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), kernels=(31, 29, 27, 13), divisor=8, ratio=2),
+    'smpconv_mobile51': dict(
+        depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), kernels=(51, 49, 47, 13), divisor=8, ratio=2),
 }
 
 

@@ -160,7 +160,8 @@ def test_a_file_that_is_no_checkpoint_is_named_and_not_run(kind, tmp_path, model
 @pytest.mark.parametrize('legacy', [False, True])
 def test_a_file_cut_or_damaged_anywhere_is_named(legacy, tmp_path):
     path = tmp_path / 'cut.pth'
-    torch.save({'state_dict': {'a': torch.zeros(2), 'b.c': torch.ones(3)}}, path, _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {'state_dict': {'a': torch.zeros(2), 'b.c': torch.ones(3)}}, path, _use_new_zipfile_serialization=not legacy)
     data = path.read_bytes()
     step = max(1, len(data) // 150)
     for length in range(0, len(data) - 1, step):
@@ -187,7 +188,9 @@ RADIUS = 'stages.1.blocks.0.large_kernel.smp.conv.radius'
     (lambda sd: dict(sd, surplus=torch.zeros(1)), r'1 extra \(surplus\)'),
     (lambda sd: dict(without(sd, 'stem.0.bn.bias'), extra=torch.zeros(1)), r'1 missing \(stem.0.bn.bias\) and 1 extra'),
     (lambda sd: dict(sd, **{'norm.weight': torch.zeros(3)}), r'head.norm.weight \(3,\) instead of \(320,\)'),
-    (lambda sd: dict(sd, **{RADIUS: torch.zeros_like(sd[RADIUS])}), 'radius must be positive and finite everywhere.* 0.0'),
+    (
+        lambda sd: dict(sd, **{RADIUS: torch.zeros_like(sd[RADIUS])}),
+        'radius must be positive and finite everywhere.* 0.0'),
     (lambda sd: dict(sd, **{RADIUS: sd[RADIUS] / 0}), 'radius must be positive and finite everywhere, got inf'),
     (lambda sd: dict(sd, **{RADIUS: sd[RADIUS].flatten()}), r'kernel.radius \(105,\) instead of \(1, 105\)'),
     (lambda sd: dict(sd, **{'stem.1.bn.bias': 3}), "state_dict must hold tensors alone, got 'stem.1.bn.bias': int"),

@@ -101,7 +101,8 @@ def test_equals_the_definition(k, l, backend):
     expected = conv_loop(*inputs, padding=(k // 2, l // 2))
     assert difference(actual, expected) < TOLERANCE[torch.float64]
     cotangent = torch.randn_like(expected)
-    for got, want in zip(torch.autograd.grad(actual, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)):
+    for got, want in zip(
+            torch.autograd.grad(actual, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)):
         assert difference(got, want) < TOLERANCE[torch.float64]
 
 
@@ -268,7 +269,8 @@ def test_use_backend_forces_and_ends(monkeypatch):
     assert calls == ['channels_last', 'channels_last', 'fft', 'fft']
     with pytest.raises(ValueError, match="'fft' was forced and cannot run: a graph to be exported"), use_backend('fft'):
         torch.jit.trace(Net(), torch.randn(1, 3, 9, 9))
-    with pytest.raises(ValueError, match="name must be one of native, contiguous, channels_last, fft, triton, got 'cudnn'"):
+    with pytest.raises(
+            ValueError, match="name must be one of native, contiguous, channels_last, fft, triton, got 'cudnn'"):
         with use_backend('cudnn'):
             pass
 

@@ -1,4 +1,4 @@
-"""The Triton programs against `F.conv2d` in float64: in Triton's interpreter on small shapes, on a GPU at real sizes too.
+"""Triton programs against `F.conv2d` in float64: in Triton's interpreter on small shapes, on a GPU at real sizes too.
 
 Memory that is not written is NaN here.
 """
@@ -37,7 +37,7 @@ REAL = [(64, 128, 56, 56, 31, 31), (7, 256, 28, 28, 29, 29), (130, 96, 14, 14, 2
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """Fresh memory is NaN; where there is no GPU, the interpreter's products take bfloat16, which 3.8's read as integers."""
+    """Fresh memory is NaN; without a GPU, the interpreter's products take bfloat16, which 3.8's read as integers."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

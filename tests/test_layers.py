@@ -171,7 +171,9 @@ def test_a_batchnorm_without_statistics_cannot_merge():
     (lambda: SMPConv2d(4, 4, 5, groups=1), 'groups must equal in_channels = 4 .*got 1'),
     (lambda: SMPConv2d(4, 4, 5, dilation=2), 'dilation must be 1.*got 2'),
     (lambda: SMPConv2d(4, 4, 5, padding_mode='circular'), "padding_mode must be 'zeros', got 'circular'"),
-    (lambda: SMPConv2d(4, 4, 5, padding='full'), "padding must be numbers, 'valid' or, at stride 1, 'same', got 'full'"),
+    (
+        lambda: SMPConv2d(4, 4, 5, padding='full'),
+        "padding must be numbers, 'valid' or, at stride 1, 'same', got 'full'"),
     (lambda: SMPConv2d(4, 4, 5, stride=2, padding='same'), 'padding must be'),
     (lambda: SMPConv2d(4, 4, 5, points=0), 'points must be at least 1, got 0'),
     (lambda: SMPConv2d(4, 4, 5, radius=-0.1), 'radius must be positive, got -0.1'),

@@ -129,7 +129,10 @@ class Net(nn.Module):
 
 
 def oracle(net, batches, lr, decay, ema_decay, accumulate):
-    """The authors' update, in loops: gradients, AdamW, average, clip. Returns losses, parameters, averages, which updates clipped."""
+    """The authors' update, in loops: gradients, AdamW, average, clip.
+
+    Returns losses, parameters, averages, which updates clipped.
+    """
     params = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
     average = {n: p.detach().clone() for n, p in params.items()}
     first, second = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))

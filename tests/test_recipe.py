@@ -15,7 +15,8 @@ from timm_smpconv.__main__ import main
 from timm_smpconv.recipe import recipe_names, recipe_path
 
 PAPER = {  # epochs, stochastic depth (appendix, 1.2 and 2.1)
-    'smpconv_tiny': (300, 0.1), 'smpconv_base': (300, 0.5), 'smpconv_mobile31': (120, 0.), 'smpconv_mobile51': (120, 0.)}
+    'smpconv_tiny': (300, 0.1), 'smpconv_base': (300, 0.5),
+    'smpconv_mobile31': (120, 0.), 'smpconv_mobile51': (120, 0.)}
 
 
 def settings(name):
@@ -53,9 +54,9 @@ def test_the_figures_of_the_paper(name):
     assert recipe['batch_size'] * recipe['grad_accum_steps'] * 4 == 2048
     expected = dict(
         model=name, device_modules=['timm_smpconv'], opt='smpadamw', opt_eps=1e-8, weight_decay=0.05, lr=4e-3,
-        aa='rand-m9-mstd0.5-inc1', smoothing=0.1, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5, reprob=0.25, remode='pixel',
-        recount=1, model_ema=True, model_ema_decay=0.9999, train_interpolation='random', hflip=0.0, sync_bn=True,
-        drop_path=PAPER[name][1], crop_pct=0.875, interpolation='bicubic', scale=[0.08, 1.0])
+        aa='rand-m9-mstd0.5-inc1', smoothing=0.1, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5, reprob=0.25,
+        remode='pixel', recount=1, model_ema=True, model_ema_decay=0.9999, train_interpolation='random', hflip=0.0,
+        sync_bn=True, drop_path=PAPER[name][1], crop_pct=0.875, interpolation='bicubic', scale=[0.08, 1.0])
     assert {key: recipe[key] for key in expected} == expected
 
 
@@ -65,8 +66,9 @@ def test_the_command_prints_paths_and_names(capsys):
     assert main(['recipe']) == 0
     assert capsys.readouterr().out.split() == recipe_names()
     assert main(['recipe', 'smpconv_tinny']) == 2
-    assert "name must be one of smpconv_base, smpconv_mobile31, smpconv_mobile51, smpconv_tiny, got 'smpconv_tinny'" in (
-        capsys.readouterr().err)
+    assert (
+        "name must be one of smpconv_base, smpconv_mobile31, smpconv_mobile51, smpconv_tiny, got 'smpconv_tinny'"
+    ) in capsys.readouterr().err
 
 
 def test_the_strongest_augmentation_runs():

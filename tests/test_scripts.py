@@ -98,7 +98,8 @@ def repository():
 
 def test_fetches_once_whole_or_not_at_all(repository, tmp_path, capsys):
     script = SCRIPT.encode()
-    repository.answers = [(200, script, 100), (200, b'<html>Sign in</html>', None), (500, b'', None), (200, script, None)]
+    repository.answers = [
+        (200, script, 100), (200, b'<html>Sign in</html>', None), (500, b'', None), (200, script, None)]
     source, environ = f'http://127.0.0.1:{repository.server_port}', {'XDG_CACHE_HOME': str(tmp_path)}
     for problem in ('IncompleteRead', 'invalid syntax', '500'):
         with pytest.raises(ScriptError, match=problem):

@@ -47,7 +47,7 @@ def timm_tests(tmp_path):
 
 @pytest.fixture
 def weights_on_a_hub(tmp_path):
-    """The environment in which the built-in weights exist, with random values, for timm's tests with pretrained=True."""
+    """The environment where the built-in weights exist, with random values, for timm's tests with pretrained=True."""
     with HubServer() as server:
         for name in timm.list_models('smpconv*', pretrained=True):
             save_for_hf(timm.create_model(name), tmp_path / name, safe_serialization=True)

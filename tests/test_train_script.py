@@ -35,7 +35,8 @@ TRAIN = [
     '--model-ema-decay', '0.5', '--no-aug', '--mixup', '0', '--cutmix', '0', '--reprob', '0', '--log-interval', '100']
 
 LONG = [
-    '--epochs', '3', '--cooldown-epochs', '9', '--checkpoint-hist', '4', '--device-modules', 'timm_smpconv', 'fixed_order']
+    '--epochs', '3', '--cooldown-epochs', '9', '--checkpoint-hist', '4',
+    '--device-modules', 'timm_smpconv', 'fixed_order']
 
 
 @pytest.fixture(scope='module')
@@ -233,7 +234,9 @@ def test_onnx_export(scripts, trained, tmp_path):
 
 def test_avg_checkpoints(scripts, trained, tmp_path):
     out = tmp_path / 'average.pth'
-    run(scripts, 'avg_checkpoints.py', '--input', trained, '--filter', 'checkpoint-*.pth.tar', '--output', out, '-n', '4')
+    run(
+        scripts, 'avg_checkpoints.py', '--input', trained, '--filter', 'checkpoint-*.pth.tar',
+        '--output', out, '-n', '4')
     states = [state_dict(path, 'state_dict_ema') for path in checkpoints(trained).values()]
     for key, value in load(out).state_dict().items():
         if value.is_floating_point():

@@ -1,4 +1,4 @@
-"""From an authors' checkpoint to `pretrained=True`, through the real client and a Hub on loopback, in separate processes."""
+"""From an authors' checkpoint to `pretrained=True`, by the real client and a Hub on loopback, in separate processes."""
 import argparse
 import hashlib
 import os
@@ -173,7 +173,8 @@ with torch.inference_mode():
 
     before = len(hub.requests)
     offline = load(
-        python, tmp_path, 'found += [tried("smpconv_tiny"), tried("smpconv_tiny", cache_dir="empty")]', HF_HUB_OFFLINE='1')
+        python, tmp_path, 'found += [tried("smpconv_tiny"), tried("smpconv_tiny", cache_dir="empty")]',
+        HF_HUB_OFFLINE='1')
     assert torch.equal(offline[0], found[0]) and len(hub.requests) == before
     assert 'could not be had' in offline[1] and 'in the cache empty' in offline[1]
 
@@ -257,7 +258,9 @@ def test_two_processes_at_once(hub, published, python, tmp_path):
     (None, [], 1, 'there is no token: run `hf auth login`, or set HF_TOKEN; nothing was created'),
     ('hf_unknown', [], 1, 'does not accept the token; nothing was created'),
     ('hf_reader', [], 1, 'the token may only read: make one that may write; nothing was created'),
-    ('hf_stranger', [], 1, '--repo-id must be of eve or an organisation of theirs, got timm-smpconv/smpconv_mobile31.in1k'),
+    (
+        'hf_stranger', [], 1,
+        '--repo-id must be of eve or an organisation of theirs, got timm-smpconv/smpconv_mobile31.in1k'),
     (None, ['--dry-run'], 0, 'nothing was done'),
 ])
 def test_publishing_nothing(hub, folder, python, token, options, status, message):
@@ -330,7 +333,8 @@ def test_a_checkpoint_of_train_py(tmp_path, capsys):
         sd[kind] = timm.create_model('smpconv_mobile31', num_classes=7, in_chans=1).state_dict()
     settings = argparse.Namespace(img_size=64, input_size=None, crop_pct=0.95, mean=None, std=None, interpolation='')
     torch.save({'state_dict': sd['model'], 'state_dict_ema': sd['ema'], 'args': settings}, tmp_path / 'last.pth.tar')
-    command = [str(tmp_path / 'last.pth.tar'), '--model', 'smpconv_mobile31', '--tag', 'mine', '--out', str(tmp_path / 'out')]
+    command = [
+        str(tmp_path / 'last.pth.tar'), '--model', 'smpconv_mobile31', '--tag', 'mine', '--out', str(tmp_path / 'out')]
     for options, kind in (([], 'ema'), ([], 'ema'), (['--weights', 'model'], 'model')):
         assert convert.main(command + options) == 0
         model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
@@ -396,7 +400,8 @@ def test_a_failure_in_the_middle_of_replacing_puts_everything_back(folder, tmp_p
         replace(source, target)
 
     monkeypatch.setattr(os, 'replace', fails)
-    command = [str(tmp_path / 'out.pth.tar'), '--model', 'smpconv_mobile31', '--tag', 'mine', '--out', str(out), '--merged']
+    command = [
+        str(tmp_path / 'out.pth.tar'), '--model', 'smpconv_mobile31', '--tag', 'mine', '--out', str(out), '--merged']
     assert convert.main(command) == 1 and 'the disk is full' in capsys.readouterr().err
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob('*')) if path.is_file()} == before
 
@@ -464,7 +469,8 @@ def test_recording_keeps_everything_else(tmp_path):
     assert sources.load_sources(path) == expected
     before, after = original.splitlines(), path.read_text().splitlines()
     assert len(before) == len(after) and sum(a != b for a, b in zip(before, after)) == 3
-    for name, key in (('smpconv_mobile31.in1k', 'origin.sha256'), ('nobody', 'sha256'), ('smpconv_base.in1k', 'nothing')):
+    for name, key in (
+            ('smpconv_mobile31.in1k', 'origin.sha256'), ('nobody', 'sha256'), ('smpconv_base.in1k', 'nothing')):
         with pytest.raises(KeyError):
             sources.record(path, name, {'sha256': 'd4', key: 'e5'})
     assert sources.load_sources(path) == expected

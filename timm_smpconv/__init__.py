@@ -1,4 +1,7 @@
-"""SMPConv models for timm. Importing this package registers them and their optimizers: `create_model("smpconv_tiny")`."""
+"""SMPConv models for timm.
+
+Importing this package registers them and their optimizers: `create_model("smpconv_tiny")`.
+"""
 from .checkpoint import CheckpointError as CheckpointError
 from .kernel import SMPKernel as SMPKernel, render_kernel as render_kernel
 from .layers import RepSMPConv2d as RepSMPConv2d, SMPConv2d as SMPConv2d

@@ -8,7 +8,8 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
-__all__ = ['CheckpointError', 'check_fit', 'checkpoint_filter_fn', 'merge_mismatch', 'read_checkpoint', 'select_weights']
+__all__ = [
+    'CheckpointError', 'check_fit', 'checkpoint_filter_fn', 'merge_mismatch', 'read_checkpoint', 'select_weights']
 
 # Where training scripts keep the two kinds of weights, timm's among them.
 _WRAPPERS = {'ema': ('state_dict_ema', 'model_ema'), 'model': ('state_dict', 'model')}
@@ -56,11 +57,12 @@ def read_checkpoint(path: str) -> Mapping[str, Any]:
     except Exception as error:  # a damaged file breaks the readers in many ways: struct.error, IndexError, KeyError, …
         raise CheckpointError(
             f'file must hold weights alone (.pth, .pt, .pth.tar or .safetensors, whole, without pickled code), got '
-            f'{str(path)!r}, which cannot be read so; nothing in it was run: {type(error).__name__}: {error}') from error
+            f'{str(path)!r}, which cannot be read so; nothing in it was run: '
+            f'{type(error).__name__}: {error}') from error
 
 
 def select_weights(checkpoint: Mapping[str, Any], weights: Optional[str] = None) -> Tuple[Mapping[str, Any], str]:
-    """The state dict that a training script saved, without leading `module.`, and whether it is its 'ema' or its 'model'.
+    """The state dict that a training script saved, without leading `module.`, and whether it is its 'ema' or 'model'.
 
     Args:
         checkpoint: What `read_checkpoint` returns; a bare state dict counts as 'model'.
@@ -74,7 +76,8 @@ def select_weights(checkpoint: Mapping[str, Any], weights: Optional[str] = None)
             if isinstance(checkpoint.get(wrapper), Mapping) and checkpoint[wrapper]:
                 return clean_state_dict(checkpoint[wrapper]), kind
     if weights == 'ema':
-        raise CheckpointError(f"weights must be 'model' for a checkpoint without {' or '.join(_WRAPPERS['ema'])}, got 'ema'")
+        raise CheckpointError(
+            f"weights must be 'model' for a checkpoint without {' or '.join(_WRAPPERS['ema'])}, got 'ema'")
     return clean_state_dict(checkpoint), 'model'
 
 
@@ -85,8 +88,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     without a leading `module.`. The classifier may be missing, extra or of another size: timm adapts it.
 
     Raises:
-        CheckpointError: Keys are missing or too many, a shape is wrong, a value is no tensor, a radius is not positive and
-            finite, or only one of checkpoint and model is merged.
+        CheckpointError: Keys are missing or too many, a shape is wrong, a value is no tensor, a radius is not positive
+            and finite, or only one of checkpoint and model is merged.
     """
     out = {}
     for key, value in select_weights(state_dict)[0].items():

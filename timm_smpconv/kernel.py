@@ -131,7 +131,8 @@ def _check_size(size: Sequence[int]) -> List[int]:
     return [int(s) for s in size]
 
 
-# Optimizers find the radii here: a parameter itself keeps no mark through deep copies and `load_state_dict(assign=True)`.
+# Optimizers find the radii here: a parameter itself keeps no mark through deep copies and
+# `load_state_dict(assign=True)`.
 _kernels: 'WeakSet[SMPKernel]' = WeakSet()
 
 
@@ -147,8 +148,8 @@ class SMPKernel(nn.Module):
     cannot tell two neighbouring samples of a 51-wide kernel apart from the point between them.
 
     The radii stay in `RADIUS_RANGE`: every forward in training mode first puts them back, and so does `eval()` after
-    training. An optimizer step, an average of the weights (which sees what the step left) and the projection thus follow
-    each other as in the authors' loop. A copy, such as an average, is left as it is until it is trained itself.
+    training. An optimizer step, an average of the weights (which sees what the step left) and the projection thus
+    follow each other as in the authors' loop. A copy, such as an average, is left as it is until it is trained itself.
 
     Args:
         channels: Channels C that share the points of a group.

@@ -3,7 +3,8 @@
 Shapes: B batch, C channels, H and W height and width, K kernel size.
 
 Every module with a `fuse` method follows timm's protocol (`timm.utils.reparameterize_model`): it returns the module
-that takes its place. It needs evaluation mode, leaves itself unchanged, and computes in float64 where the device has it.
+that takes its place. It needs evaluation mode, leaves itself unchanged, and computes in float64 where the device has
+it.
 """
 from collections import OrderedDict
 from copy import copy, deepcopy

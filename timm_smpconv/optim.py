@@ -43,7 +43,8 @@ def smp_param_groups(params: Iterable[Any], lr: float, radius_lr_scale: float = 
             kind = 'coords' if id(param) in coords else 'radii' if id(param) in radii else 'others'
             if kind == 'radii' and not param.is_meta and not bool(param.isfinite().all()):
                 name = member[0] if isinstance(member, tuple) else f'of shape {tuple(param.shape)}'
-                raise ValueError(f'a radius must be finite, got {param.detach()[~param.isfinite()][0].item()} in {name}')
+                raise ValueError(
+                    f'a radius must be finite, got {param.detach()[~param.isfinite()][0].item()} in {name}')
             parts[kind].append(member)
         for kind, chosen in parts.items():
             if not chosen:

@@ -54,8 +54,8 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         raise CheckpointError('the pretrained_cfg must name weights by file, url or hf_hub_id, got none of them')
     elif not cfg.url:
         raise CheckpointError(
-            f'there are no weights of {variant}: the authors published none. Train it with timm\'s train.py and the recipe '
-            f'that `timm-smpconv recipe {variant}` names, and load what you get with '
+            f'there are no weights of {variant}: the authors published none. Train it with timm\'s train.py and the '
+            f'recipe that `timm-smpconv recipe {variant}` names, and load what you get with '
             'pretrained_cfg_overlay=dict(file="model_best.pth.tar"); or use pretrained=False')
     return kwargs
 
@@ -71,10 +71,11 @@ def _fetch(variant: str, cfg: PretrainedCfg, cache_dir: Union[str, Path, None]) 
         if absent and cfg.source == 'hf-hub':
             return  # somebody's weights by another name: timm knows which to try
         raise CheckpointError(
-            f'the weights of {variant} could not be had: tried {name} of {cfg.hf_hub_id} at {constants.ENDPOINT} and in the '
-            f'cache {cache_dir or constants.HF_HUB_CACHE}. If they are not published yet: publish them '
-            '(weights/publish.py); or load a folder that weights/convert.py wrote, by timm.create_model("local-dir:DIR", '
-            f'pretrained=True); or the authors\' file, by timm.create_model("{variant}", pretrained=True, '
+            f'the weights of {variant} could not be had: tried {name} of {cfg.hf_hub_id} at {constants.ENDPOINT} and '
+            f'in the cache {cache_dir or constants.HF_HUB_CACHE}. If they are not published yet: publish them '
+            '(weights/publish.py); or load a folder that weights/convert.py wrote, by '
+            'timm.create_model("local-dir:DIR", pretrained=True); or the authors\' file, by '
+            f'timm.create_model("{variant}", pretrained=True, '
             f'pretrained_cfg_overlay=dict(file="FILE.pth")). The client said: {_first_line(error)}') from error
     _check(path, cfg, revision)
 
@@ -89,8 +90,8 @@ def _check(path: Path, cfg: PretrainedCfg, revision: str) -> None:
         path.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
         raise CheckpointError(
-            f'the file of {cfg.hf_hub_id} has sha256 {found}, and {announced} was announced. It was removed from the cache: '
-            'try again, and tell the people who host it if that does not help')
+            f'the file of {cfg.hf_hub_id} has sha256 {found}, and {announced} was announced. It was removed from the '
+            'cache: try again, and tell the people who host it if that does not help')
     name = f'{cfg.architecture}.{cfg.tag}'
     recorded = BUILT_IN.get(name)
     if recorded and found != recorded and cfg.hf_hub_id == hub_id(name) and cfg.source != 'hf-hub' and not revision:

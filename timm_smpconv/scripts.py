@@ -27,9 +27,9 @@ def find_script(name: str, environ: Mapping[str, str] = os.environ, source: str 
     """A script of timm by its path or bare name.
 
     Args:
-        name: A path; or a name such as 'validate.py', looked for in the folder `$TIMM_SCRIPTS`, beside timm where timm is
-            installed from a checkout, and in the user's cache, into which it is fetched from timm's repository at the
-            installed version, whole or not at all.
+        name: A path; or a name such as 'validate.py', looked for in the folder `$TIMM_SCRIPTS`, beside timm where timm
+            is installed from a checkout, and in the user's cache, into which it is fetched from timm's repository at
+            the installed version, whole or not at all.
         environ: Where TIMM_SCRIPTS and XDG_CACHE_HOME are looked up.
         source: Address of the repository's files: SOURCE/v1.0.31/validate.py.
 
@@ -53,8 +53,8 @@ def find_script(name: str, environ: Mapping[str, str] = os.environ, source: str 
         _fetch(url, cache / name)
     except (OSError, HTTPException, SyntaxError) as error:
         raise ScriptError(
-            f'{name} was not found. Give its path; or put the folder that holds it into TIMM_SCRIPTS; or install timm from '
-            f'a checkout of its repository; or let it be fetched from {url}, which failed: {error}') from error
+            f'{name} was not found. Give its path; or put the folder that holds it into TIMM_SCRIPTS; or install timm '
+            f'from a checkout of its repository; or let it be fetched from {url}, which failed: {error}') from error
     return cache / name
 
 

@@ -79,7 +79,7 @@ class SMPBlock(nn.Module):
 
 @torch.fx.wrap
 def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU that overwrites x where nothing is recorded: a new tensor of that size costs more than the function itself."""
+    """GELU that overwrites x where nothing is recorded: a new tensor of that size costs more than the function."""
     if torch.jit.is_scripting():
         return F.gelu(x)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -14,8 +14,8 @@ def model_card(model: str, tag: str, entry: Optional[Dict[str, Any]], facts: Dic
         model: 'smpconv_tiny'.
         tag: 'in1k'.
         entry: Of sources.yaml, if these weights are listed there.
-        facts: What was converted: 'parameters', 'merged', 'origin' (a sentence), 'published' (whether these are the weights
-            whose top-1 the entry gives; None if that is not known), 'num_classes', 'input_size', 'difference'.
+        facts: What was converted: 'parameters', 'merged', 'origin' (a sentence), 'published' (whether these are the
+            weights whose top-1 the entry gives; None if that is not known), 'num_classes', 'input_size', 'difference'.
     """
     repo_id = entry['hub_id'] if entry and not facts['merged'] else f'ORG/{model}.{tag}'
     on_imagenet = tag.startswith('in1k')
@@ -36,11 +36,15 @@ def model_card(model: str, tag: str, entry: Optional[Dict[str, Any]], facts: Dic
         if not facts['merged']:
             rows.append(('GMACs at 224', entry['gmacs']))
         rows.append(('top-1 on ImageNet-1k', _top1(entry, facts['published'])))
-    rows += [('origin', facts['origin']), ('logits differ from the origin\'s by', f'{facts["difference"]:.0e} relative')]
+    rows += [
+        ('origin', facts['origin']),
+        ('logits differ from the origin\'s by', f'{facts["difference"]:.0e} relative'),
+    ]
     table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
     body = f'''# {model}.{tag}{" (merged)" if facts["merged"] else ""}
 
-An image classification model of SMPConv ([CVPR 2023]({PAPER})), whose large convolution kernels are built from points that
+An image classification model of SMPConv ([CVPR 2023]({PAPER})), whose large convolution \
+kernels are built from points that
 move during training.{_MERGED if facts["merged"] else ""}
 
 | | |

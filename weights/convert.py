@@ -2,8 +2,9 @@
 
     python weights/convert.py SMPConv_T.pth --model smpconv_tiny --out smpconv_tiny.in1k
 
-The folder holds model.safetensors, config.json and the model card README.md. It appears when every key was used, and what
-was read back from it gives the logits of the checkpoint in the plain network of tests/reference.py; else nothing is left.
+The folder holds model.safetensors, config.json and the model card README.md. It appears when every key was used, and
+what was read back from it gives the logits of the checkpoint in the plain network of tests/reference.py; else nothing
+is left.
 """
 import argparse
 import json
@@ -47,7 +48,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='.pth, .pt, .pth.tar or .safetensors')
     parser.add_argument('--model', required=True, choices=timm.list_models('smpconv*'))
-    parser.add_argument('--tag', default='in1k', help='what it was trained on; of sources.yaml, or your own (%(default)s)')
+    parser.add_argument(
+        '--tag', default='in1k', help='what it was trained on; of sources.yaml, or your own (%(default)s)')
     parser.add_argument('--weights', choices=['ema', 'model'], help='of a checkpoint that holds both; ema if not said')
     parser.add_argument('--merged', action='store_true', help='write the merged model, too, into OUT-merged')
     parser.add_argument('--out', required=True, type=Path, help='the folder to write')
@@ -105,7 +107,8 @@ def convert(
             save_for_hf(model, folder, safe_serialization=True, model_args=args)
             found = verify(folder, expected)
             parameters = sum(p.numel() for p in model.parameters())
-            card = model_card(name, tag, entry, {**facts, 'merged': bool(i), 'parameters': parameters, 'difference': found})
+            card = model_card(
+                name, tag, entry, {**facts, 'merged': bool(i), 'parameters': parameters, 'difference': found})
             (folder / 'README.md').write_text(card)
             origin = {'sha256': sha256, 'weights': kind, 'file_sha256': file_sha256(folder / 'model.safetensors')}
             config = json.loads((folder / 'config.json').read_text())
@@ -119,7 +122,9 @@ def convert(
 
 def check_replaceable(out: Path, checkpoint: Path) -> None:
     """Refuse to replace anything but what this script wrote, which its config.json tells."""
-    rule = f'--out must not exist, be empty, or be a folder that this script wrote and that does not hold CHECKPOINT, got {out}'
+    rule = (
+        '--out must not exist, be empty, or be a folder that this script wrote and that does not hold CHECKPOINT, '
+        f'got {out}')
     if not out.exists():
         return
     if not out.is_dir() or checkpoint.resolve().parent == out:
@@ -148,7 +153,8 @@ def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> torch.nn.M
     classifier = source.get('head.weight', source.get('head.fc.weight'))
     stem = source.get('stem.0.conv.weight')
     if not all(isinstance(t, torch.Tensor) and t.ndim >= 2 for t in (classifier, stem)):
-        raise ConversionError(f'CHECKPOINT must hold an SMPConv model with its classifier, got {len(source)} other tensors')
+        raise ConversionError(
+            f'CHECKPOINT must hold an SMPConv model with its classifier, got {len(source)} other tensors')
     model = timm.create_model(name, num_classes=len(classifier), in_chans=stem.shape[1])
     model.load_state_dict(checkpoint_filter_fn(source, model))
     model.pretrained_cfg.update(tag=tag, input_size=(model.in_chans, *model.pretrained_cfg['input_size'][1:]))
@@ -163,8 +169,8 @@ def check_entry(entry: Dict[str, Any], model: torch.nn.Module, authors: bool) ->
             f'{parameters}: give weights for other classes another --tag')
     if entry['origin'] and not authors:
         raise ConversionError(
-            f'CHECKPOINT must be in the authors\' layout, as listed for {entry["model"]}.{entry["tag"]}: give weights of '
-            'your own another --tag')
+            f'CHECKPOINT must be in the authors\' layout, as listed for {entry["model"]}.{entry["tag"]}: give weights '
+            'of your own another --tag')
 
 
 def is_published(entry: Optional[Dict[str, Any]], authors: bool, kind: str, sha256: str) -> Optional[bool]:
@@ -193,7 +199,8 @@ def verify(folder: Path, expected) -> float:
         differences = [(model(x) - logits).abs().max() / logits.abs().max() for x, logits in expected]
     found = torch.stack(differences).max().item()  # NaN if one is
     if not found <= TOLERANCE:
-        raise ConversionError(f'the logits must differ by at most {TOLERANCE} relative, got {found}: nothing was written')
+        raise ConversionError(
+            f'the logits must differ by at most {TOLERANCE} relative, got {found}: nothing was written')
     return found
 
 

@@ -79,7 +79,8 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: b
                 commit_message=f'Weights of sha256 {hashes["model.safetensors"][:8]}').oid
         except ValueError as error:
             raise PublishError(
-                f'README.md must be a model card that the Hub accepts; nothing was uploaded: {_first_line(error)}') from error
+                'README.md must be a model card that the Hub accepts; nothing was uploaded: '
+                f'{_first_line(error)}') from error
     verify(repo_id, commit, hashes)
     print(f'{constants.ENDPOINT}/{repo_id}/tree/{commit}')
     if name is None or revision != 'main':
@@ -110,7 +111,8 @@ def check_folder(folder: Path, repo_id: str, sources: Path) -> Optional[str]:
         raise PublishError(f'--sources must be a file that can be read, got {sources}: {error}') from error
     name = next((name for name, entry in entries.items() if entry['hub_id'] == repo_id), None)
     if name and (name != written or config.get('model_args', {}).get('inference_mode')):
-        raise PublishError(f'--repo-id {repo_id} is the place of {name}, unmerged; got a folder of other weights: {folder}')
+        raise PublishError(
+            f'--repo-id {repo_id} is the place of {name}, unmerged; got a folder of other weights: {folder}')
     return name
 
 

@@ -1,8 +1,9 @@
-"""For timm's train.py, by `--device-modules`: DistributedDataParallel on a CPU, its weights kept, BatchNorms that stay as they are.
+"""For timm's train.py, by `--device-modules`: DistributedDataParallel on a CPU, its weights kept, BatchNorms that stay
+as they are.
 
-train.py always names a device to DistributedDataParallel, which refuses that on a CPU. Statistics of half a batch are not
-those of the whole, and SyncBatchNorm runs on GPUs only, so every BatchNorm normalises with its running statistics here.
-The weights at the end go to `$CPU_DDP_OUT/rank0.pt`, `rank1.pt`.
+train.py always names a device to DistributedDataParallel, which refuses that on a CPU. Statistics of half a batch are
+not those of the whole, and SyncBatchNorm runs on GPUs only, so every BatchNorm normalises with its running statistics
+here. The weights at the end go to `$CPU_DDP_OUT/rank0.pt`, `rank1.pt`.
 """
 import atexit
 import os

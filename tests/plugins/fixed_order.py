@@ -1,4 +1,5 @@
-"""For timm's train.py, by `--device-modules`: every epoch has the same images in the same order, on any number of processes.
+"""For timm's train.py, by `--device-modules`: every epoch has the same images in the same order, on any number of
+processes.
 
 An update then sees the same images in two processes as in one with twice the batch, and in a resumed run as in one that
 was not stopped.

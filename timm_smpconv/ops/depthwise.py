@@ -260,8 +260,9 @@ def _onednn_dtypes() -> FrozenSet[torch.dtype]:
 
 
 _ONEDNN_DTYPES = _onednn_dtypes()
-# The widest kernel of oneDNN's own depthwise program; wider ones it runs fast in channels_last alone. C 192, 28×28, batch 4,
-# contiguous: with AVX-512 13×13 takes 6.1 ms and 15×15 61, with AVX2 9×9 0.9 and 11×11 25, without 7×7 4.3 and 9×9 21.
+# The widest kernel of oneDNN's own depthwise program; wider ones it runs fast in channels_last alone. C 192, 28×28,
+# batch 4, contiguous: with AVX-512 13×13 takes 6.1 ms and 15×15 61, with AVX2 9×9 0.9 and 11×11 25, without 7×7 4.3 and
+# 9×9 21.
 _WIDEST = {'AVX512': 13, 'AVX2': 9}.get(torch.backends.cpu.get_cpu_capability(), 7)
 
 
@@ -384,8 +385,8 @@ def _input_gradient(
 ) -> torch.Tensor:
     """The convolution with the flipped kernel, natively where that is faster.
 
-    C 768, 7×7, 13×13, channels_last, batch 16: native 1.6 ms, flipped 2.2; contiguous, batch 2: 0.21 and 0.28, but C 192,
-    28×28: 1.36 and 1.01. 9×9: as fast or slower.
+    C 768, 7×7, 13×13, channels_last, batch 16: native 1.6 ms, flipped 2.2; contiguous, batch 2: 0.21 and 0.28, but
+    C 192, 28×28: 1.36 and 1.01. 9×9: as fast or slower.
     """
     l, layout = weight.shape[3], _memory_format(grad)
     small = layout == torch.channels_last or grad.shape[2] * grad.shape[3] <= 49

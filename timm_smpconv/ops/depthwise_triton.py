@@ -1,14 +1,14 @@
-"""Triton programs for the depthwise convolution and its weight gradient, on tensor cores. Imported for CUDA tensors only.
+"""Triton programs for depthwise convolution and its weight gradient, on tensor cores. Imported for CUDA tensors only.
 
-A row of outputs is a product of input rows with banded Toeplitz matrices of the kernel's rows. Shapes: B batch, C channels, H
-and W height and width, K and L height and width of the kernel, P = W rounded up to a power of two, at least 16; R rows of
-outputs that one program computes.
+A row of outputs is a product of input rows with banded Toeplitz matrices of the kernel's rows. Shapes: B batch,
+C channels, H and W height and width, K and L height and width of the kernel, P = W rounded up to a power of two, at
+least 16; R rows of outputs that one program computes.
 
-    S[c, s, j, i] = w[c, K - 1 - (s - R + 1), i - j + L // 2], zero outside the kernel       slabs (C, K + 2 (R - 1), P, P)
+    S[c, s, j, i] = w[c, K - 1 - (s - R + 1), i - j + L // 2], zero outside the kernel    slabs (C, K + 2 (R - 1), P, P)
     y[b, c, g + r, j] = Σ_ti  x[b, c, g + t, i] S[c, s(t) + r, j, i]          s(t) = (K - 1) - (t + K // 2) + (R - 1)
 
-As ky runs backwards in S, the slabs of R consecutive rows of outputs lie together, and each t is one product of a (M, P) tile of
-x with an (R P, P) block of S. M runs over images and, where there are few, over groups of R rows.
+As ky runs backwards in S, the slabs of R consecutive rows of outputs lie together, and each t is one product of a
+(M, P) tile of x with an (R P, P) block of S. M runs over images and, where there are few, over groups of R rows.
 
     G[c, k, i, j] = Σ_bh x[b, c, h + k - K // 2, i] g[b, c, h, j]     dw[c, k, l] = Σ_j G[c, k, j + l - L // 2, j]
 
@@ -153,7 +153,10 @@ def _columns(width: int) -> int:
 
 
 def _tile(x: torch.Tensor) -> Tuple[int, int, int, int]:
-    """P, R, and the images and groups of R rows in a tile: 128 × 256 outputs, a quarter in float32, where operands are larger."""
+    """P, R, and the images and groups of R rows in a tile.
+
+    A tile is 128 × 256 outputs, a quarter in float32, where operands are larger.
+    """
     b, _, h, w = x.shape
     p, half = _columns(w), x.element_size() < 4
     r = max(1, (256 if half else 128) // p)
