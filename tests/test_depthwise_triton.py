@@ -2,6 +2,7 @@
 
 Memory that is not written is NaN here.
 """
+import itertools
 import os
 import subprocess
 import sys
@@ -67,14 +68,14 @@ def tensors(b, c, h, w, k, l, dtype):
     return [t.to(DEVICE, dtype) for t in (x, weight, torch.randn(c), torch.randn(b, c, h, w))]
 
 
-def compare(x, weight, bias, cotangent):
+def compare(x, weight, bias, cotangent, convolve=depthwise_conv2d):
     """Output and all gradients; the oracle runs on the CPU."""
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     wide = [t.detach().double().cpu().requires_grad_() for t in (x, weight, bias)]
     k, l = weight.shape[2:]
     expected = F.conv2d(*wide, padding=(k // 2, l // 2), groups=x.shape[1])
     with use_backend('triton'):
-        actual = depthwise_conv2d(*leaves)
+        actual = convolve(*leaves)
         grads = torch.autograd.grad(actual, leaves, cotangent)
     wanted = torch.autograd.grad(expected, wide, cotangent.double().cpu())
     for got, want in zip((actual, *grads), (expected, *wanted)):
@@ -82,8 +83,9 @@ def compare(x, weight, bias, cotangent):
     return actual
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('case', CASES + (REAL if ON_GPU else []), ids=str)
+@pytest.mark.parametrize('case,dtype', [
+    *itertools.product(CASES, (torch.float32, torch.bfloat16)), *((case, torch.float16) for case in CASES[2:4]),
+    *(itertools.product(REAL, DTYPES) if ON_GPU else [])], ids=str)
 def test_output_and_gradients(case, dtype):
     compare(*tensors(*case, dtype=dtype))
 
@@ -95,6 +97,31 @@ def test_layouts(layout):
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     y = compare(x, *rest)
     assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_autocast_does_not_round_the_gradient_of_the_weight():
+    x, weight, bias, cotangent = tensors(3, 2, 9, 9, 5, 5, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast(DEVICE.type, torch.bfloat16), use_backend('triton'):
+        y = depthwise_conv2d(*leaves)
+    got = torch.autograd.grad(y, leaves, cotangent.to(y.dtype))
+    assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in got)
+    wide = [t.detach().double().cpu().requires_grad_() for t in (x.to(torch.bfloat16), weight, bias)]
+    expected = F.conv2d(*wide, padding=2, groups=2)
+    wanted = torch.autograd.grad(expected, wide, cotangent.to(y.dtype).double().cpu())
+    assert difference(y.cpu(), expected) < TOLERANCE[torch.bfloat16]
+    assert difference(got[0].cpu(), wanted[0]) < TOLERANCE[torch.bfloat16]
+    assert difference(got[1].cpu(), wanted[1]) < 1e-5
+
+
+def test_compile():
+    x, weight, bias, cotangent = tensors(2, 3, 6, 6, 5, 5, dtype=torch.float32)
+
+    def convolve(*inputs):
+        with use_backend('triton'):
+            return depthwise_conv2d(*inputs)
+
+    compare(x, weight, bias, cotangent, torch.compile(convolve, backend='aot_eager'))
 
 
 def test_an_image_of_nan_stays_alone():

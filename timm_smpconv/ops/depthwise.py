@@ -51,13 +51,15 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if has_torch_function(inputs):
         return handle_torch_function(depthwise_conv2d, inputs, x, weight, bias)
-    device_type = x.device.type
+    device_type, mixed = x.device.type, False
     if device_type != 'meta' and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+        x, mixed = _autocast(x, dtype), _forced == 'triton'
+        if not mixed:  # Triton's programs round the weight themselves, and return its gradient unrounded.
+            weight = _autocast(weight, dtype)
+            bias = None if bias is None else _autocast(bias, dtype)
     if not torch.jit.is_tracing():
-        _check(x, weight, bias)
+        _check(x, weight, bias, mixed)
     if _stays_native(x):
         return _native(x, weight, bias)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
@@ -112,7 +114,7 @@ def _stays_native(x: torch.Tensor) -> bool:
     return exporting or (_forced is None and x.device.type != 'cpu')
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> None:
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], mixed: bool = False) -> None:
     if x.ndim != 4:
         raise ValueError(f'x must be (B, C, H, W), got shape {tuple(x.shape)}')
     if weight.ndim != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
@@ -124,7 +126,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) 
     if not x.is_floating_point():
         raise TypeError(f'x must be floating point, got {x.dtype}')
     for name, t in (('weight', weight), ('bias', bias)):
-        if t is not None and t.dtype != x.dtype:
+        if t is not None and t.dtype != x.dtype and not (mixed and t.dtype == torch.float32):
             raise TypeError(f'{name} must have the dtype of x, {x.dtype}, got {t.dtype}')
         if t is not None and t.device != x.device:
             raise ValueError(f'{name} must be on the device of x, {x.device}, got {t.device}')
@@ -364,10 +366,17 @@ def _conv(
     return backend.conv(x, weight, bias).to(dtype).contiguous(memory_format=memory_format)
 
 
-def _corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int, forced: Optional[str]) -> torch.Tensor:
-    dtype = x.dtype
+def _corr(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        k: int,
+        l: int,
+        forced: Optional[str],
+        dtype: Optional[torch.dtype],
+) -> torch.Tensor:
+    dtype = dtype or x.dtype
     if x.numel() == 0:
-        return x.new_zeros(x.shape[1], 1, k, l)
+        return x.new_zeros(x.shape[1], 1, k, l, dtype=dtype)
     dy, dx = _margins(x, k, l)
     if forced is None:
         working = _working_dtype(x, l - 2 * dx)
@@ -410,8 +419,15 @@ def _conv_op(
 
 
 @torch.library.custom_op('timm_smpconv::depthwise_corr2d', mutates_args=())
-def _corr_op(grad: torch.Tensor, x: torch.Tensor, k: int, l: int, backend: Optional[str]) -> torch.Tensor:
-    return _corr(grad, x, k, l, backend)
+def _corr_op(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        k: int,
+        l: int,
+        backend: Optional[str],
+        dtype: Optional[torch.dtype] = None,
+) -> torch.Tensor:
+    return _corr(grad, x, k, l, backend, dtype)
 
 
 @_conv_op.register_fake
@@ -420,8 +436,8 @@ def _(x, weight, bias, backend):
 
 
 @_corr_op.register_fake
-def _(grad, x, k, l, backend):
-    return x.new_empty(x.shape[1], 1, k, l)
+def _(grad, x, k, l, backend, dtype=None):
+    return x.new_empty(x.shape[1], 1, k, l, dtype=dtype or x.dtype)
 
 
 # The operators are opaque to compilers and carry their derivatives (torch.library); the autograd functions around them
@@ -450,14 +466,14 @@ def _conv_backward(ctx, grad):
     corr = _Corr.apply if recorded else _corr
     return (
         dx,
-        corr(grad, x, weight.shape[2], weight.shape[3], ctx.backend) if needs_weight else None,
+        corr(grad, x, weight.shape[2], weight.shape[3], ctx.backend, weight.dtype) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
         None,
     )
 
 
 def _corr_context(ctx, inputs, output) -> None:
-    grad, x, ctx.k, ctx.l, ctx.backend = inputs
+    grad, x, ctx.k, ctx.l, ctx.backend, ctx.dtype = inputs
     ctx.save_for_backward(grad, x)
     ctx.save_for_forward(grad, x)
 
@@ -469,7 +485,7 @@ def _corr_backward(ctx, v):
     return (
         conv(x, v, None, ctx.backend) if needs_grad else None,
         conv(grad, v.flip(2, 3), None, ctx.backend) if needs_x else None,
-        None, None, None,
+        None, None, None, None,
     )
 
 
@@ -513,8 +529,8 @@ class _Conv(torch.autograd.Function):
 
 class _Corr(torch.autograd.Function):
     @staticmethod
-    def forward(grad, x, k, l, backend):
-        return torch.ops.timm_smpconv.depthwise_corr2d(grad, x, k, l, backend)
+    def forward(grad, x, k, l, backend, dtype):
+        return torch.ops.timm_smpconv.depthwise_corr2d(grad, x, k, l, backend, dtype)
 
     setup_context = staticmethod(_corr_context)
     backward = staticmethod(_corr_backward)
@@ -522,15 +538,15 @@ class _Corr(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, dgrad, dx, *_):
         grad, x = ctx.saved_tensors
-        terms = [] if dgrad is None else [_Corr.apply(dgrad, x, ctx.k, ctx.l, ctx.backend)]
-        terms += [] if dx is None else [_Corr.apply(grad, dx, ctx.k, ctx.l, ctx.backend)]
+        terms = [] if dgrad is None else [_Corr.apply(dgrad, x, ctx.k, ctx.l, ctx.backend, ctx.dtype)]
+        terms += [] if dx is None else [_Corr.apply(grad, dx, ctx.k, ctx.l, ctx.backend, ctx.dtype)]
         return sum(terms)
 
     @staticmethod
-    def vmap(info, in_dims, grad, x, k, l, backend):
+    def vmap(info, in_dims, grad, x, k, l, backend, dtype):
         n = info.batch_size
         grad, x = _first(grad, in_dims[0], n), _first(x, in_dims[1], n)
-        dw = _Corr.apply(_into_channels(grad), _into_channels(x), k, l, backend)  # (N * C, 1, K, L)
+        dw = _Corr.apply(_into_channels(grad), _into_channels(x), k, l, backend, dtype)  # (N * C, 1, K, L)
         return dw.unflatten(0, (n, -1)), 0
 
 

@@ -133,12 +133,12 @@ def conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = N
 
 
 def corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
-    """(B, C, H, W) twice, not empty → (C, 1, K, L)."""
+    """(B, C, H, W) twice, not empty → (C, 1, K, L) in float32."""
     b, c, h, w = x.shape
     p = _columns(w)
     grad, x = grad.contiguous(), x.contiguous()
     products = x.new_empty(c, k, p, p, dtype=torch.float32)
-    dw = x.new_empty(c, 1, k, l)
+    dw = x.new_empty(c, 1, k, l, dtype=torch.float32)
     with _on(x):
         _products_program[(k, c)](
             grad, x, products, b, c, h, w, k, PRECISION=_precision(), ROWS=64, P=p,
