@@ -99,9 +99,10 @@ def repository():
 def test_fetches_once_whole_or_not_at_all(repository, tmp_path, capsys):
     script = SCRIPT.encode()
     repository.answers = [
-        (200, script, 100), (200, b'<html>Sign in</html>', None), (500, b'', None), (200, script, None)]
+        (200, script, 100), (200, b'<html>Sign in</html>', None), (200, b'\0', None), (200, b'error', None),
+        (500, b'', None), (200, script, None)]
     source, environ = f'http://127.0.0.1:{repository.server_port}', {'XDG_CACHE_HOME': str(tmp_path)}
-    for problem in ('IncompleteRead', 'invalid syntax', '500'):
+    for problem in ('IncompleteRead', 'invalid syntax', 'null bytes', 'not a script', '500'):
         with pytest.raises(ScriptError, match=problem):
             find_script('show.py', environ, source)
         assert not [path for path in tmp_path.rglob('*') if path.is_file()]

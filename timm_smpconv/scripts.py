@@ -51,7 +51,7 @@ def find_script(name: str, environ: Mapping[str, str] = os.environ, source: str 
     url = f'{source}/v{timm.__version__}/{name}'
     try:
         _fetch(url, cache / name)
-    except (OSError, HTTPException, SyntaxError) as error:
+    except (OSError, HTTPException, SyntaxError, ValueError) as error:  # the last of null bytes
         raise ScriptError(
             f'{name} was not found. Give its path; or put the folder that holds it into TIMM_SCRIPTS; or install timm '
             f'from a checkout of its repository; or let it be fetched from {url}, which failed: {error}') from error
