@@ -86,7 +86,10 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: b
     if name is None or revision != 'main':
         print(f'not recorded: {sources.name} lists no weights at revision {revision} of {repo_id}')
         return
-    record(sources, name, {'sha256': hashes['model.safetensors'], 'commit': commit})
+    try:
+        record(sources, name, {'sha256': hashes['model.safetensors'], 'commit': commit})
+    except OSError as error:
+        raise PublishError(f'it is published, but --sources could not be written: {error}') from error
     print(f'recorded in {sources}; now put the line into BUILT_IN of timm_smpconv/pretrained.py:\n'
           f'    {name!r}: {hashes["model.safetensors"]!r},')
 

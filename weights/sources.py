@@ -22,32 +22,21 @@ def file_sha256(path: Path) -> str:
 
 
 def record(path: Path, name: str, values: Dict[str, str]) -> None:
-    """Write values into an entry, by keys such as 'sha256' and 'origin.sha256'; all of them or none.
+    """Write values into an entry: all of them or none.
 
     Raises:
         KeyError: There is no such entry or key.
     """
     lines = path.read_text().splitlines(keepends=True)
+    at = {}  # key of the entry → its line
+    inside = False
+    for i, line in enumerate(lines):
+        if line.strip() and not line.startswith(' '):
+            inside = line.startswith(f'{name}:')
+        elif inside and (match := re.match(r'  (\w+):', line)):
+            at[match[1]] = i
     for key, value in values.items():
-        lines[_find(lines, name, *key.split('.'))] = f'{"  " * (1 + key.count("."))}{key.split(".")[-1]}: {value}\n'
+        lines[at[key]] = f'  {key}: {value}\n'
     part = path.with_suffix(f'.{os.getpid()}.part')
     part.write_text(''.join(lines))
     part.replace(path)
-
-
-def _find(lines, *keys):
-    start = 0
-    for depth, key in enumerate(keys):
-        indent = '  ' * depth
-        for i in range(start, len(lines)):
-            if re.match(rf'{indent}{re.escape(key)}:', lines[i]):
-                break
-            if depth and not lines[i].startswith(indent):  # the entry has ended
-                i = len(lines)
-                break
-        else:
-            i = len(lines)
-        if i == len(lines):
-            raise KeyError('.'.join(keys))
-        start = i + 1
-    return start - 1
