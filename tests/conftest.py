@@ -57,12 +57,26 @@ def shake_norms(model, seed=0):
     return model
 
 
+def wake_weights(model):
+    """Give every convolution, kernel and classifier weights of unit gain: with the initial ones no image reaches the
+    logits of a narrow model."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and not name.endswith(('coords', 'radius')):
+                gain = 0.2 if name.endswith('kernel.weight') else weight[0].numel() ** -0.5
+                weight.copy_(torch.randn(weight.shape) * gain)
+    return model
+
+
 def small_model(shake=True, **kwargs):
-    """The same classes at a size that runs in milliseconds, in evaluation mode, its BatchNorms shaken unless told."""
+    """The same classes at a size that runs in milliseconds, in evaluation mode.
+
+    Unless told, its BatchNorms are shaken and its weights woken.
+    """
     torch.manual_seed(0)
     args = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5), num_classes=10)
     model = timm.create_model('smpconv_tiny', **dict(args, **kwargs)).eval()
-    return shake_norms(model) if shake else model
+    return wake_weights(shake_norms(model)) if shake else model
 
 
 @pytest.fixture(autouse=True)

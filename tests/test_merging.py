@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import MODELS, TOLERANCE, difference, shake_norms, small_model
+from conftest import MODELS, TOLERANCE, difference, shake_norms, small_model, wake_weights
 from reference import authors_state_dict, logits
 from safetensors.torch import load_file, save_file
 from timm.utils import reparameterize_model
@@ -93,7 +93,8 @@ def test_a_merged_checkpoint_without_its_classifier_gives_the_features(model, im
     assert difference(merged.forward_head(merged.forward_features(images), pre_logits=True), expected) < 1e-5
     torch.save(merged.state_dict(), tmp_path / 'merged.pth')
     overlay = dict(file=str(tmp_path / 'merged.pth'))
-    encoder = small_model(num_classes=0, inference_mode=True, pretrained=True, pretrained_cfg_overlay=overlay)
+    encoder = small_model(
+        num_classes=0, inference_mode=True, shake=False, pretrained=True, pretrained_cfg_overlay=overlay)
     assert difference(encoder(images), expected) < TOLERANCE[torch.float32]
     merged.reset_classifier(0)
     assert difference(merged(images), expected) < TOLERANCE[torch.float32]
@@ -127,7 +128,7 @@ def test_as_the_encoder_of_a_larger_model(images):
         def forward(self, x):
             return self.decoder(self.encoder(x)[-1]) + self.global_encoder(x).mean()
 
-    whole = shake_norms(Segmenter()).eval()
+    whole = wake_weights(shake_norms(Segmenter())).eval()
     merged = reparameterize_model(whole)
     assert not any(isinstance(m, (nn.BatchNorm2d, SMPKernel)) for m in merged.modules())
     assert difference(merged(images), whole(images)) < TOLERANCE[torch.float32]
