@@ -5,6 +5,7 @@ Importing this package registers them and their optimizers: `create_model("smpco
 from .checkpoint import CheckpointError as CheckpointError
 from .kernel import SMPKernel as SMPKernel, render_kernel as render_kernel
 from .layers import RepSMPConv2d as RepSMPConv2d, SMPConv2d as SMPConv2d
+from .merged import prepack as prepack
 from .ops import depthwise_conv2d as depthwise_conv2d
 from .optim import SMPAdam as SMPAdam, SMPAdamW as SMPAdamW
 from .smpconv import SMPConvNet as SMPConvNet

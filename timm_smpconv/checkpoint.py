@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
 __all__ = [
-    'CheckpointError', 'check_fit', 'checkpoint_filter_fn', 'merge_mismatch', 'read_checkpoint', 'select_weights']
+    'CheckpointError', 'check_fit', 'checkpoint_filter_fn', 'read_checkpoint', 'say_merge_mismatch', 'select_weights']
 
 # Where training scripts keep the two kinds of weights, timm's among them.
 _WRAPPERS = {'ema': ('state_dict_ema', 'model_ema'), 'model': ('state_dict', 'model')}
@@ -116,6 +116,19 @@ def check_fit(state_dict: Mapping[str, Any], expected: Mapping[str, torch.Tensor
     _check_values(state_dict, expected)
 
 
+def say_merge_mismatch(block: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    """A `load_state_dict` pre-hook of blocks that adds to the errors if only one of state dict and block is merged.
+
+    It says so within features_only and larger models too, and with strict=False, where only shapes are compared.
+    """
+    merged = prefix + 'dwconv.weight' in state_dict
+    if merged or prefix + 'dwconv.large.bn.weight' in state_dict:
+        error_msgs = args[-1]
+        sentence = _merge_mismatch(merged, hasattr(block.dwconv, 'weight'))
+        if sentence and sentence not in error_msgs:
+            error_msgs.append(sentence)
+
+
 def _rename(key: str) -> str:
     for pattern, replacement in _RENAMES:
         if replacement is None:
@@ -154,12 +167,12 @@ def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Iterable[s
 
 
 def _check_merged(keys: Iterable[str], expected: Iterable[str]) -> None:
-    sentence = merge_mismatch(_is_merged(keys), _is_merged(expected))
+    sentence = _merge_mismatch(_is_merged(keys), _is_merged(expected))
     if sentence:
         raise CheckpointError(sentence)
 
 
-def merge_mismatch(merged: Optional[bool], model_merged: Optional[bool]) -> Optional[str]:
+def _merge_mismatch(merged: Optional[bool], model_merged: Optional[bool]) -> Optional[str]:
     """What to do where one of checkpoint and model is merged and the other is not; None where that is not so."""
     if merged and model_merged is False:
         return 'state_dict is of a merged model and this model is not merged: create the model with inference_mode=True'

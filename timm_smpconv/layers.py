@@ -7,7 +7,7 @@ that takes its place. It needs evaluation mode, leaves itself unchanged, and com
 it.
 """
 from collections import OrderedDict
-from copy import copy, deepcopy
+from copy import deepcopy
 from typing import Callable, Optional, Tuple, Union
 
 import torch
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, to_2tuple
 
 from .kernel import SMPKernel
+from .merged import MergedBlock, MergedConv2d
 from .ops import depthwise_conv2d
 
-__all__ = ['ConvNorm', 'DepthwiseConv2d', 'NormClassifierHead', 'RepSMPConv2d', 'SMPConv2d']
+__all__ = ['ConvNorm', 'DepthwiseConv2d', 'NormClassifierHead', 'RepSMPConv2d', 'SMPConv2d', 'merged_block']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
@@ -97,7 +98,7 @@ class SMPConv2d(nn.Module):
             padding = tuple(k // 2 for k in self.kernel_size) if padding == 'same' else 0
         self.padding = to_2tuple(padding)
         self.dilation = (1, 1)
-        self.keeps_size = _keeps_size(self)
+        self.keeps_size = self.stride == (1, 1) and self.padding == tuple(k // 2 for k in self.kernel_size)
         if points is None:
             points = max(1, self.kernel_size[0] * self.kernel_size[1] // 4)
         self.kernel = SMPKernel(in_channels, self.kernel_size, points, radius=radius, coords_std=coords_std, **dd)
@@ -277,21 +278,15 @@ class NormClassifierHead(nn.Module):
         return merged.eval()
 
 
-def fuse_pointwise(block: nn.Module) -> nn.Module:
-    """A copy of a block `x + drop_path(pw2(… pw1(norm(x))))` with its BatchNorms folded into `pw1` and `pw2`.
-
-    Its other children are shared with the block.
-    """
+def merged_block(block: nn.Module, activation: str) -> MergedBlock:
+    """What a block `x + drop_path(pw2(… pw1(norm(x))))` merges into, with an activation behind `pw1`."""
     _refuse_training(block)
-    merged = copy(block)
-    merged._modules = dict(
-        block._modules,
-        norm=nn.Identity(),
-        pw1=_plain_conv(block.pw1.conv, *_fold_norm_before(block.norm, *block.pw1.folded())),
-        pw2=block.pw2.fuse(),
-        drop_path=nn.Identity(),
-    )
-    return merged.eval()
+    dwconv = nn.Identity()
+    if hasattr(block, 'dwconv'):
+        dwconv = block.dwconv.fuse()
+        dwconv.activation = activation
+    pw1 = _plain_conv(block.pw1.conv, *_fold_norm_before(block.norm, *block.pw1.folded()), activation)
+    return MergedBlock(pw1, dwconv, block.pw2.fuse())
 
 
 def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
@@ -299,13 +294,6 @@ def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
     if len(size) != 2 or any(k < 1 or k % 2 == 0 for k in size):
         raise ValueError(f'{name} must be odd and positive, got {size}')
     return tuple(size)
-
-
-def _keeps_size(conv: Union[nn.Conv2d, SMPConv2d]) -> bool:
-    """Whether `depthwise_conv2d` computes this convolution."""
-    same = all(k % 2 == 1 and p == k // 2 for k, p in zip(conv.kernel_size, conv.padding))
-    depthwise = conv.groups == conv.in_channels == conv.out_channels
-    return same and depthwise and tuple(conv.stride) == tuple(conv.dilation) == (1, 1)
 
 
 def _refuse_training(module: nn.Module) -> None:
@@ -342,16 +330,18 @@ def _fold_norm_before(
     return merged, moved if bias is None else moved + bias
 
 
-def _plain_conv(conv: Union[nn.Conv2d, SMPConv2d], weight: torch.Tensor, bias: Optional[torch.Tensor]) -> nn.Conv2d:
-    """An `nn.Conv2d` with the geometry and dtype of `conv`, in evaluation mode; draws no random numbers."""
+def _plain_conv(
+        conv: Union[nn.Conv2d, SMPConv2d],
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        activation: str = 'none',
+) -> MergedConv2d:
+    """A convolution with the geometry and dtype of `conv`; draws no random numbers."""
     dtype = (conv.kernel if isinstance(conv, SMPConv2d) else conv).weight.dtype
-    if _keeps_size(conv):
-        plain = DepthwiseConv2d(conv.in_channels, conv.kernel_size, bias=bias is not None, device='meta')
-    else:
-        plain = nn.Conv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, bias=bias is not None, device='meta')
+    plain = MergedConv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+        bias is not None, activation)
     plain.weight = nn.Parameter(weight.detach().to(dtype))
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype))
-    return plain.eval()
+    return plain

@@ -13,16 +13,16 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # timm gives it no public name
 from timm.utils import reparameterize_model
 
-from .checkpoint import check_fit, checkpoint_filter_fn, merge_mismatch
+from .checkpoint import check_fit, checkpoint_filter_fn, say_merge_mismatch
 from .kernel import SMPKernel
-from .layers import ConvNorm, DepthwiseConv2d, NormClassifierHead, RepSMPConv2d, fuse_pointwise
+from .layers import ConvNorm, DepthwiseConv2d, NormClassifierHead, RepSMPConv2d, merged_block
+from .merged import MergedBlock
 from .pretrained import hub_id, prepare_pretrained
 
 __all__ = ['SMPConvNet']
@@ -50,6 +50,7 @@ class SMPBlock(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
         self.pw2 = ConvNorm(nn.Conv2d(dim, dim, 1, bias=False, **dd), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.register_load_state_dict_pre_hook(say_merge_mismatch)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.act1(self.pw1(self.norm(x)))
@@ -57,41 +58,8 @@ class SMPBlock(nn.Module):
         return x + self.drop_path(y)
 
     @torch.no_grad()
-    def fuse(self) -> 'SMPBlock':
-        """A copy of plain convolutions and activations, or this block if it is one already."""
-        if not isinstance(self.dwconv, RepSMPConv2d):
-            return self
-        merged = fuse_pointwise(self)
-        merged.dwconv = self.dwconv.fuse()
-        return merged
-
-    def _load_from_state_dict(
-            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        # Says so within features_only and larger models too, and with strict=False, where only shapes are compared.
-        merged = prefix + 'dwconv.weight' in state_dict
-        if merged or prefix + 'dwconv.large.bn.weight' in state_dict:
-            sentence = merge_mismatch(merged, not isinstance(self.dwconv, RepSMPConv2d))
-            if sentence and sentence not in error_msgs:
-                error_msgs.append(sentence)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-
-@torch.fx.wrap
-def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU that overwrites x where nothing is recorded: a new tensor of that size costs more than the function."""
-    if torch.jit.is_scripting():
-        return F.gelu(x)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return F.gelu(x)
-    return torch.ops.aten.gelu_(x)
-
-
-class InplaceGELU(nn.GELU):
-    """`nn.GELU` of merged blocks: without gradients it overwrites its input, as ReLU does."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _gelu(x)
+    def fuse(self) -> MergedBlock:
+        return merged_block(self, 'relu')
 
 
 class FeedForward(nn.Module):
@@ -111,13 +79,8 @@ class FeedForward(nn.Module):
         return x + self.drop_path(y)
 
     @torch.no_grad()
-    def fuse(self) -> 'FeedForward':
-        """A copy of plain convolutions and activations, or this block if it is one already."""
-        if not isinstance(self.pw1, ConvNorm):
-            return self
-        merged = fuse_pointwise(self)
-        merged.act = InplaceGELU().eval()
-        return merged
+    def fuse(self) -> MergedBlock:
+        return merged_block(self, 'gelu')
 
 
 class SMPStem(nn.ModuleList):
