@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 
-import timm_smpconv  # noqa: F401 (registers the models)
 from benchmarks.timing import agree, difference, machine, paired
+from timm_smpconv import prepack
 from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
 from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _margins
 
@@ -31,12 +31,22 @@ SHAPES = STAGES + [  # sizes between, small branches, the stem
 
 
 def shaken(name, **kwargs):
-    """A model in evaluation mode with BatchNorm statistics of random images, as after training."""
+    """A model in evaluation mode whose logits depend on the image, as a trained one's do.
+
+    Its BatchNorms have the statistics of random images, and its residual branches a tenth of the usual share: with all
+    of it a random network of this depth makes 1e-5 of one rounding in float32.
+    """
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     with torch.no_grad():
-        for _ in range(2):
-            model.train()(torch.randn(4, 3, 64, 64))
+        for n, norm in norms.items():
+            norm.momentum = 1.
+            if n.endswith('pw2.bn'):
+                norm.weight.fill_(0.1)
+        model.train()(torch.randn(4, 3, 224, 224))
+        for norm in norms.values():
+            norm.momentum = 0.1
     return model.eval()
 
 
@@ -69,7 +79,7 @@ def ops_shape(x, weight, cotangent, rounds):
     line = ''
     slow = x.numel() * weight[0].numel() > 4e9
     for what, candidates in runs.items():
-        times = paired(candidates, 1 if slow else rounds, warmup=0, warm_caches=not slow)
+        times = paired(candidates, 1 if slow else rounds, warmup=0, settle=not slow)
         native, chosen = times['native'], times[None]
         line += f' | {what} {native:8.2f} {chosen:7.2f} {native / chosen:6.1f}'
     return line
@@ -105,7 +115,7 @@ def rules_shape(dtype, batch, memory_format, c, h, k, rounds):
             for n, run in candidates.items():
                 agree(f'{name} by {n} at C {c}, H {h}, K {k}', run(), expected[name], tolerance)
             slow = batch * c * h * h * k * k > 4e9
-            times = paired(candidates, 1 if slow else rounds, warmup=0, warm_caches=not slow)
+            times = paired(candidates, 1 if slow else rounds, warmup=0, settle=not slow)
             cells = ' '.join(f'{t:8.2f}{"*" if n == chosen else " "}' for n, t in times.items())
             line += f' | {name} {cells} {times[chosen] / min(times.values()):5.2f}'
     print(line, flush=True)
@@ -144,7 +154,11 @@ def forward(args):
             networks[f'unmerged {layout}'] = (deepcopy(model).to(**place), xs[layout], 1e-4)
             networks[f'merged {layout}'] = (deepcopy(merged).to(**place), xs[layout], 1e-4)
             networks[f'merged {layout} bfloat16'] = (
-                deepcopy(merged).to(torch.bfloat16).to(**place), half[layout], 5e-2)
+                deepcopy(merged).to(torch.bfloat16).to(**place), half[layout], 0.2)
+            if layout == 'channels_last':
+                networks['merged and prepacked'] = (prepack(deepcopy(merged).to(**place)), xs[layout], 1e-4)
+                networks['merged and prepacked bfloat16'] = (
+                    prepack(deepcopy(merged).to(torch.bfloat16).to(**place)), half[layout], 0.2)
             networks[f'convnext_tiny {layout}'] = (deepcopy(convnext).to(**place), xs[layout], None)
             networks[f'convnext_tiny {layout} bfloat16'] = (
                 deepcopy(convnext).to(torch.bfloat16).to(**place), half[layout], None)

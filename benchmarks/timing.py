@@ -13,11 +13,12 @@ def paired(
         candidates: Dict[str, Callable[[], object]],
         rounds: int,
         warmup: int = 2,
-        warm_caches: bool = False,
+        settle: bool = True,
 ) -> Dict[str, float]:
     """Milliseconds of each candidate, medians over `rounds` in which every candidate is timed once.
 
-    With `warm_caches` it runs once untimed before, so that what ran before it does not matter.
+    With `settle` it runs once untimed before: what ran before it, and memory it has to fetch from the system again,
+    then do not count, as in a loop of nothing else.
     """
     for _ in range(warmup):
         for run in candidates.values():
@@ -25,7 +26,7 @@ def paired(
     times = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            if warm_caches:
+            if settle:
                 run()
             start = time.perf_counter()
             run()
