@@ -57,7 +57,8 @@ def test_an_interrupt_ends_cleanly(tmp_path):
     environment = dict(os.environ, PYTHONUNBUFFERED='1')
     process = subprocess.Popen(
         [*COMMAND, 'demo', '--out', str(tmp_path / 'out')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment)
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background shells ignore it
     assert 'from scratch on 1,437 handwritten digits' in process.stdout.readline()
     process.stderr.read(1)  # of the progress of the training
     process.send_signal(signal.SIGINT)

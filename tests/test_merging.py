@@ -54,6 +54,16 @@ def test_merging_twice_is_harmless(model, images):
     assert torch.equal(once(images), thrice.eval()(images))
 
 
+@pytest.mark.parametrize('which', [0, 1])
+def test_a_block_merged_by_itself_is_left_alone(model, which):
+    block = model.stages[0].blocks[which]
+    x = torch.randn(1, 8, 16, 20)
+    once = reparameterize_model(block)  # a root stays, its children merge
+    twice = reparameterize_model(nn.Sequential(once))
+    assert difference(once(x), block(x)) < TOLERANCE[torch.float32]
+    assert torch.equal(twice(x), once(x))
+
+
 def test_merging_in_training_mode_is_refused_and_changes_nothing(model):
     keys = model.train().state_dict().keys()
     with pytest.raises(RuntimeError, match=r'merges in evaluation mode only.*call eval\(\) on the model first'):

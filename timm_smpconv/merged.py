@@ -7,7 +7,6 @@ from typing import Optional, Tuple
 import torch
 import torch.nn as nn
 
-from .checkpoint import say_merge_mismatch
 from .ops import ACTIVATIONS, PackedWeight, conv2d_in_steps, fused_conv2d
 
 __all__ = ['MergedBlock', 'MergedConv2d', 'prepack']
@@ -63,7 +62,6 @@ class MergedBlock(nn.Module):
         self.pw1 = pw1
         self.dwconv = dwconv
         self.pw2 = pw2
-        self.register_load_state_dict_pre_hook(say_merge_mismatch)
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,17 +69,18 @@ class MergedBlock(nn.Module):
 
 
 def prepack(model: nn.Module) -> nn.Module:
-    """Let a merged model keep a copy of its weights in the format in which oneDNN computes, on a CPU with AVX-512.
+    """Freeze a merged model and let it keep a copy of its weights as oneDNN wants them, on a CPU with AVX-512.
 
-    Without it they are copied at every forward pass. A copy is made at the first pass without gradients, and again when
-    the size of the input or the weights change; only a change in place through `.data` is not seen. It needs as much
-    memory as the weights. Where `fused_conv2d` does not compute in one pass, nothing changes.
+    Without, they are copied at every forward pass. A copy is made at the first pass without gradients, and again when
+    the size of the input or the weights change. Changes that PyTorch does not count (in place through `.data` or NumPy,
+    by another process) are not seen: prepack again. The copies need as much memory as the weights. Weights that are made
+    to require gradients again are not kept; where `fused_conv2d` does not compute in one pass, nothing is.
 
     Args:
         model: Merged by `timm.utils.reparameterize_model`, or holding such models. It is changed in place.
 
     Returns:
-        The model.
+        The model, its parameters without `requires_grad`.
 
     Raises:
         ValueError: There is no merged convolution in the model.
@@ -93,4 +92,4 @@ def prepack(model: nn.Module) -> nn.Module:
             'MergedConv2d')
     for conv in convolutions:
         conv.packed = PackedWeight()
-    return model
+    return model.requires_grad_(False)

@@ -22,7 +22,6 @@ from timm.utils import reparameterize_model
 from .checkpoint import check_fit, checkpoint_filter_fn, say_merge_mismatch
 from .kernel import SMPKernel
 from .layers import ConvNorm, DepthwiseConv2d, NormClassifierHead, RepSMPConv2d, merged_block
-from .merged import MergedBlock
 from .pretrained import hub_id, prepare_pretrained
 
 __all__ = ['SMPConvNet']
@@ -58,8 +57,13 @@ class SMPBlock(nn.Module):
         return x + self.drop_path(y)
 
     @torch.no_grad()
-    def fuse(self) -> MergedBlock:
-        return merged_block(self, 'relu')
+    def fuse(self) -> nn.Module:
+        """A `MergedBlock`, or this block if its convolutions are merged already."""
+        if not isinstance(self.pw1, ConvNorm):
+            return self
+        merged = merged_block(self, 'relu')
+        merged.register_load_state_dict_pre_hook(say_merge_mismatch)
+        return merged
 
 
 class FeedForward(nn.Module):
@@ -79,8 +83,9 @@ class FeedForward(nn.Module):
         return x + self.drop_path(y)
 
     @torch.no_grad()
-    def fuse(self) -> MergedBlock:
-        return merged_block(self, 'gelu')
+    def fuse(self) -> nn.Module:
+        """A `MergedBlock`, or this block if its convolutions are merged already."""
+        return merged_block(self, 'gelu') if isinstance(self.pw1, ConvNorm) else self
 
 
 class SMPStem(nn.ModuleList):

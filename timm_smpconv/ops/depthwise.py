@@ -311,8 +311,8 @@ class Case(NamedTuple):
 
     @property
     def taps_by_fft(self) -> float:
-        """The same over the share of a transform that is not padding: what a transform has to beat."""
-        return self.taps * self.h * self.w / (_fft_length(self.h, self.k) * _fft_length(self.w, self.l))
+        """The same times the share of a transform that is not padding: what a transform has to beat."""
+        return self.taps * self.h * self.w / ((self.h + self.k // 2) * (self.w + self.l // 2))
 
 
 class Rule(NamedTuple):
@@ -334,10 +334,11 @@ CONV_RULES = (
          'C 96, 56×56, 13×13: contiguous 8.9, channels_last 22; with channels_last input, 768, 7×7, 13×13: 0.5, 0.8'),
     Rule('fft', lambda case: case.c <= 4 and case.taps >= 400,
          'C 3, 64×64, 31×31: channels_last 4.3, fft 0.8; C 16, 51×51: 6.3, 2.6, at batch 1 2.1, 3.1'),
-    Rule('fft', lambda case: case.b >= 4 and case.taps_by_fft >= 600,
+    Rule('fft', lambda case: case.k * case.l >= 600 and case.taps_by_fft >= 600 and case.b >= 4,
          'C 64, 56×56, 51×51: channels_last 17.5, fft 6.7, at batch 16 82 and 34, at batch 1 5.1 and 7.0'),
     Rule('channels_last', lambda case: True,
-         'C 96, 56×56, 15×15: native 147, channels_last 11; 31×31: 738, 34, fft 38; 384, 14×14, 27×27: 141, 4.2, 22'),
+         'C 96, 56×56, 15×15: native 147, channels_last 11; 31×31: 248, 14, fft 11, too close to rely on; 384, 14×14, '
+         '27×27: 79, 1.2, 4.2'),
 )
 CORR_RULES = (
     Rule('fft', lambda case: not case.onednn and case.k * case.l >= 49,

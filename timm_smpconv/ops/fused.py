@@ -9,6 +9,7 @@ torch 2.14: 86 ms in float32 and 55 in bfloat16 operator by operator, 82 and 50 
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
@@ -56,14 +57,14 @@ class PackedWeight:
             dilation: Tuple[int, int],
             groups: int,
     ) -> torch.Tensor:
-        if weight.is_inference():  # counts no versions: it could change unseen
+        if weight.is_inference() or weight.requires_grad:  # could change unseen: fused optimizers count no version
             return weight
         made_for = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, x.shape)
         kept = self._kept  # once: threads may share it
         if kept is None or kept[0] != made_for:
             packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
                 weight.detach().contiguous().to_mkldnn(), padding, stride, dilation, groups, x.shape)
-            kept = self._kept = made_for, packed
+            kept = self._kept = made_for, packed, weight.detach()  # while that lives, its address is no other's
         return kept[1]
 
 
@@ -89,16 +90,22 @@ def fused_conv2d(
         weight: (O, C / groups, K, L).
         bias: (O,).
         activation: Of `ACTIVATIONS`; GELU is the exact one.
+        stride, padding, dilation: Pairs.
         residual: (B, O, H', W'), the shape of the result; it is not changed.
-        packed: Where to keep the weight in oneDNN's format from one call to the next.
+        packed: Where to keep a weight that does not require gradients, in oneDNN's format, from one call to the next.
 
     Returns:
-        (B, O, H', W').
+        (B, O, H', W'). GELU in one pass makes NaN of infinity; all else is the same.
     """
     inputs = [t for t in (x, weight, bias, residual) if t is not None]
     if has_torch_function(inputs):
+        if any(isinstance(t, torch.fx.Proxy) for t in inputs):  # whose graph TorchScript may be asked to take
+            return handle_torch_function(
+                conv2d_in_steps, inputs, x, weight, bias, stride, padding, dilation, groups, activation, residual)
         return handle_torch_function(
-            fused_conv2d, inputs, x, weight, bias, stride, padding, dilation, groups, activation, residual)
+            fused_conv2d, inputs, x, weight, bias, stride, padding, dilation, groups, activation, residual, packed)
+    if torch.jit.is_tracing() and groups > 1:
+        depthwise._stays_native(x)  # or a backend was forced in vain
     if not _fuses(inputs, x, weight, stride, padding, dilation, groups, residual):
         return conv2d_in_steps(x, weight, bias, stride, padding, dilation, groups, activation, residual)
     if _is_same_depthwise(weight, stride, padding, dilation, groups):
@@ -179,6 +186,8 @@ def _fuses(
     if any(t.dtype != x.dtype or t.device != x.device for t in inputs):
         return False
     if x.ndim != 4 or weight.ndim != 4 or x.numel() == 0 or x.shape[1] != weight.shape[1] * groups:
+        return False
+    if min(stride) < 1:
         return False
     size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
