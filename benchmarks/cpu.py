@@ -191,7 +191,7 @@ def accuracy(args):
             exact = results('native', *[t.double() for t in inputs], cotangent.double())
             line = f'  C {c:4} H {h:3} K {k:2}'
             for name in (*ON_CPU, None):
-                errors = [difference(a, e) for a, e in zip(results(name, *inputs, cotangent), exact)]
+                errors = list(map(difference, results(name, *inputs, cotangent), exact))
                 line += f' | {name or "chosen"} ' + ' '.join(f'{e:.0e}' for e in errors)
             print(line, flush=True)
 

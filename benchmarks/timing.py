@@ -1,5 +1,6 @@
 """Timing that survives a noisy machine: candidates take turns, each figure is the median of its own rounds."""
 import os
+import pathlib
 import platform
 import statistics
 import time
@@ -49,7 +50,7 @@ def agree(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: fl
 
 def machine() -> str:
     """One line on the processor and the versions."""
-    names = {line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')}
+    names = {line.split(':')[1].strip() for line in pathlib.Path('/proc/cpuinfo').open() if line.startswith('model name')}
     return (
         f'{", ".join(names)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, '
         f'{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, timm {timm.__version__}, '

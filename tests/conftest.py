@@ -51,7 +51,7 @@ def shake_norms(model, seed=0):
             with torch.no_grad():
                 module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.2)
                 module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
-                module.weight.copy_((torch.rand(shape, generator=generator) + 0.5))
+                module.weight.copy_(torch.rand(shape, generator=generator) + 0.5)
                 module.weight[::3] *= -1
                 module.bias.copy_(torch.randn(shape, generator=generator) * 0.2)
     return model

@@ -285,7 +285,7 @@ class HubServer:
         if user is None and (repository is None or repository.private or write):
             raise Problem(401, 'Invalid username or password.', 'RepoNotFound')  # the Hub does not tell which
         mine = user is not None and self.owns(user, name.split('/')[0])
-        if repository is None or repository.private and not mine:
+        if repository is None or (repository.private and not mine):
             raise Problem(404, 'Repository not found', 'RepoNotFound')
         if write and not (mine and user['role'] == 'write'):
             raise Problem(403, 'This token may not write to this repository')

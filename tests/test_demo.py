@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
 from timm_smpconv.__main__ import main
 from timm_smpconv.digits import digits
 from timm_smpconv.plot import draw_kernels

@@ -1,6 +1,7 @@
 """The operator against `F.conv2d` in float64 and against the definition in loops, with every backend."""
 import copy
 import logging
+from itertools import starmap
 
 import pytest
 import torch
@@ -9,8 +10,7 @@ from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
 from reference import conv_loop
 
 from timm_smpconv import depthwise_conv2d
-from timm_smpconv.ops import BACKENDS, use_backend
-from timm_smpconv.ops import depthwise
+from timm_smpconv.ops import BACKENDS, depthwise, use_backend
 from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _conv_op, _corr_op
 
 CASES = [  # (B, C, H, W, K, L)
@@ -86,7 +86,7 @@ def test_half_precision_is_as_good_as_native(dtype):
         cotangent = torch.ones_like(expected)
         pairs = zip((out, *torch.autograd.grad(out, leaves, cotangent.to(dtype))),
                     (expected, *torch.autograd.grad(expected, wide, cotangent)))
-        return [difference(a, e) for a, e in pairs]
+        return list(starmap(difference, pairs))
 
     for ours, native in zip(errors(depthwise_conv2d), errors(exact)):
         assert ours <= 1.5 * native + torch.finfo(dtype).eps / 4

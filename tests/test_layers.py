@@ -10,7 +10,6 @@ from timm.utils import reparameterize_model
 from timm_smpconv import RepSMPConv2d, SMPConv2d, SMPKernel
 from timm_smpconv.layers import ConvNorm, NormClassifierHead
 
-
 SHAPES = [  # (C, kernel_size, stride, padding, H, W)
     (3, 7, 1, 3, 9, 12),
     (1, 3, 1, 1, 1, 1),

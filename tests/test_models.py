@@ -1,5 +1,6 @@
 """The four models as timm users meet them. timm's own model tests run in test_timm_contract.py."""
 import copy
+from itertools import starmap
 
 import pytest
 import timm
@@ -93,14 +94,13 @@ def test_features_only(model, images):
         (2, 64, 16, 24), (2, 128, 8, 12), (2, 256, 4, 6), (2, 320, 2, 3)]
 
 
-
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'getter', 'fx', 'hook'])
 def test_features_are_the_stages_outputs(images, feature_cls):
     levels = small_model(features_only=True, out_indices=(1, 3), feature_cls=feature_cls)
     outputs = levels(images)
     outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
     expected = small_model().forward_intermediates(images, indices=[1, 3], intermediates_only=True)
-    assert all(torch.equal(o, e) for o, e in zip(outputs, expected, strict=True))
+    assert all(starmap(torch.equal, zip(outputs, expected, strict=True)))
 
 
 def test_intermediates_are_the_stages_outputs(model, images):
@@ -111,7 +111,7 @@ def test_intermediates_are_the_stages_outputs(model, images):
         hook.remove()
     x, intermediates = model.forward_intermediates(images)
     assert torch.equal(x, final)
-    assert all(torch.equal(a, b) for a, b in zip(intermediates, seen))
+    assert all(map(torch.equal, intermediates, seen))
     assert len(model.forward_intermediates(images, indices=2, intermediates_only=True)) == 2
     early, some = model.forward_intermediates(images, indices=[0, 1], stop_early=True)
     assert torch.equal(early, seen[1]) and len(some) == 2

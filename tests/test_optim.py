@@ -8,12 +8,12 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import small_model
+from reference import kernel_loop
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
-from conftest import small_model
-from reference import kernel_loop
 from timm_smpconv import SMPConv2d, SMPKernel
 
 

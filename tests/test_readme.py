@@ -19,7 +19,7 @@ README = (Path(__file__).parent.parent / 'README.md').read_text()
 
 def command(script):
     """The arguments that the README gives a script."""
-    (line,) = re.findall(rf'^python {script} (.*)$', README, re.M)
+    (line,) = re.findall(rf'^python {script} (.*)$', README, re.MULTILINE)
     return line.split()
 
 
@@ -36,7 +36,7 @@ def test_python_blocks_run(server, tmp_path, monkeypatch):
     assert publish.main(command('weights/publish.py') + ['--dry-run']) == 0
     names, engines = {}, 0
     with torch._inductor.config.patch(freezing=False):  # puts back what the README sets
-        for block in re.findall(r'```python\n(.*?)```', README, re.S):
+        for block in re.findall(r'```python\n(.*?)```', README, re.DOTALL):
             exec(compile(block, 'README.md', 'exec'), names)
             if 'logits' in names:  # eager, prepacked, compiled, OpenVINO, ONNX Runtime
                 with torch.no_grad():

@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 import yaml
-from PIL import Image
 from conftest import MODELS
+from PIL import Image
 from timm.data.auto_augment import AugmentOp
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs

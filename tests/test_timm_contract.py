@@ -40,7 +40,7 @@ def timm_tests(tmp_path):
     models = tmp_path / 'timm' / 'tests' / 'test_models.py'
     # timm lists by file which models it tests for forward_intermediates: ours is one of them.
     text, count = re.subn(
-        r'^FEAT_INTER_FILTERS = \[', "FEAT_INTER_FILTERS = ['smpconv', ", models.read_text(), flags=re.M)
+        r'^FEAT_INTER_FILTERS = \[', "FEAT_INTER_FILTERS = ['smpconv', ", models.read_text(), flags=re.MULTILINE)
     assert count == 1
     models.write_text(text)
     return tmp_path / 'timm'

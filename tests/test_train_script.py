@@ -15,12 +15,12 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import difference
 from PIL import Image
 from timm.data import create_transform
 from timm.models import load_checkpoint
 from timm.utils import reparameterize_model
 
-from conftest import difference
 from timm_smpconv.digits import write_digits
 from timm_smpconv.recipe import recipe_names, recipe_path
 from timm_smpconv.scripts import ScriptError, check_arguments, find_script
@@ -84,7 +84,7 @@ def train(scripts, digits, out, *args, recipe=None, **kwargs):
 
 
 def summary(folder):
-    with open(folder / 'summary.csv', newline='') as file:
+    with Path(folder / 'summary.csv').open(newline='') as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
@@ -216,7 +216,7 @@ def test_inference(scripts, digits, trained, tmp_path):
     with torch.inference_mode():
         probabilities = load(trained / 'last.pth.tar')(batch).softmax(1).amax(1).tolist()
     (file,) = tmp_path.glob('*.csv')
-    with open(file, newline='') as rows:
+    with Path(file).open(newline='') as rows:
         found = sorted(float(row['prob']) for row in csv.DictReader(rows))
     assert found == pytest.approx(sorted(probabilities), rel=1e-4)
 

@@ -76,7 +76,7 @@ def published(hub, folder, python):
 def unpublished(path):
     """A copy of sources.yaml as it was before anything was published."""
     text = (ROOT / 'weights' / 'sources.yaml').read_text()
-    path.write_text(re.sub(r'^( *)(sha256|commit): \S+$', r'\1\2: null', text, flags=re.M))
+    path.write_text(re.sub(r'^( *)(sha256|commit): \S+$', r'\1\2: null', text, flags=re.MULTILINE))
     return path
 
 
@@ -473,7 +473,7 @@ def test_sources_and_the_package_agree_on_what_was_published():
     entries = sources.load_sources()
     assert sorted(entries) == sorted(f'{name}.in1k' for name in MODELS)
     listed = {name: entry['sha256'] for name, entry in entries.items() if entry['origin'] or entry['sha256']}
-    assert pretrained.BUILT_IN == listed
+    assert listed == pretrained.BUILT_IN
 
 
 def test_recording_keeps_everything_else(tmp_path):

@@ -1,5 +1,4 @@
 """scikit-learn's 1,797 real handwritten digits, 8×8 pixels, as images."""
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -41,6 +40,6 @@ def write_digits(folder: Path) -> Iterator[Path]:
                 image.save(path)
                 yield path
         staging.chmod(0o755)
-        os.replace(staging, folder)
+        Path(staging).replace(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

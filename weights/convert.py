@@ -8,7 +8,6 @@ is left.
 """
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -24,11 +23,11 @@ from timm.utils import reparameterize_model
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]  # a script of the checkout: its package, and the oracle of its tests
-import reference  # noqa: E402
-from card import model_card  # noqa: E402
-from sources import FILES, SOURCES, file_sha256, load_sources  # noqa: E402
+import reference
+from card import model_card
+from sources import FILES, SOURCES, file_sha256, load_sources
 
-from timm_smpconv.checkpoint import (  # noqa: E402
+from timm_smpconv.checkpoint import (
     CheckpointError,
     checkpoint_filter_fn,
     read_checkpoint,
@@ -213,15 +212,15 @@ def replace(pairs: List[Tuple[Path, Path]]) -> None:
                 path.chmod(mode)
             before = folder.with_name(f'{folder.name}-before')
             if target.exists():
-                os.replace(target, before)
+                Path(target).replace(before)
             done.append((target, before))
-            os.replace(folder, target)
+            Path(folder).replace(target)
     except BaseException:
         for target, before in done:
             if target.exists():
                 shutil.rmtree(target)
             if before.exists():
-                os.replace(before, target)
+                Path(before).replace(target)
         raise
 
 

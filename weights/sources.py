@@ -17,7 +17,7 @@ def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
 
 
 def file_sha256(path: Path) -> str:
-    with open(path, 'rb') as file:
+    with Path(path).open('rb') as file:
         return sha_fileobj(file).hex()
 
 

@@ -433,12 +433,11 @@ def _input_gradient(
     """
     l, layout = weight.shape[3], _memory_format(grad)
     small = layout == torch.channels_last or grad.shape[2] * grad.shape[3] <= 49
-    if forced is None and grad.numel() and small and 9 < l <= _WIDEST:
-        if grad.dtype in _ONEDNN_DTYPES:
-            dx = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, (1, 1), (weight.shape[2] // 2, l // 2), (1, 1), False, (0, 0), x.shape[1],
-                (True, False, False))[0]
-            return dx.contiguous(memory_format=layout)
+    if forced is None and grad.numel() and small and 9 < l <= _WIDEST and grad.dtype in _ONEDNN_DTYPES:
+        dx = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, (1, 1), (weight.shape[2] // 2, l // 2), (1, 1), False, (0, 0), x.shape[1],
+            (True, False, False))[0]
+        return dx.contiguous(memory_format=layout)
     return _conv(grad, weight.flip(2, 3), None, forced)
 
 

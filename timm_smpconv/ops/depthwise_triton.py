@@ -24,7 +24,6 @@ import triton.language as tl
 __all__ = ['conv', 'corr']
 
 
-
 @triton.jit
 def _slabs_program(w, slabs, K, L, R: tl.constexpr, P: tl.constexpr):
     c, s = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -124,8 +123,8 @@ def conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = N
     slabs = x.new_empty(c, k + 2 * (r - 1), p, p)
     y = torch.empty_like(x)
     with _on(x):
-        _slabs_program[(c, slabs.shape[1])](weight, slabs, k, l, R=r, P=p)
-        _conv_program[(triton.cdiv(b, images) * triton.cdiv(groups, rows), c)](
+        _slabs_program[c, slabs.shape[1]](weight, slabs, k, l, R=r, P=p)
+        _conv_program[triton.cdiv(b, images) * triton.cdiv(groups, rows), c](
             x, slabs, bias, y, b, c, h, w, k, groups,
             HAS_BIAS=bias is not None, PRECISION=_precision(), IMAGES=images, GROUPS=rows, R=r, P=p,
             num_warps=8 if images * rows * r * p >= 128 * 128 else 4, num_stages=_stages(x))
@@ -140,10 +139,10 @@ def corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
     products = x.new_empty(c, k, p, p, dtype=torch.float32)
     dw = x.new_empty(c, 1, k, l, dtype=torch.float32)
     with _on(x):
-        _products_program[(k, c)](
+        _products_program[k, c](
             grad, x, products, b, c, h, w, k, PRECISION=_precision(), ROWS=64, P=p,
             num_warps=4 if p < 128 else 8, num_stages=_stages(x))
-        _diagonals_program[(k, c)](products, dw, k, l, w, P=p, TAPS=triton.next_power_of_2(l))
+        _diagonals_program[k, c](products, dw, k, l, w, P=p, TAPS=triton.next_power_of_2(l))
     return dw
 
 
