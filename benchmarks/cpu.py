@@ -18,7 +18,7 @@ from timm.utils import reparameterize_model
 from benchmarks.timing import agree, difference, machine, paired
 from timm_smpconv import prepack
 from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
-from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _margins
+from timm_smpconv.ops.choice import CONV_RULES, CORR_RULES, choose, margins
 
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 ON_CPU = {name: backend for name, backend in BACKENDS.items() if name != 'triton'}
@@ -97,14 +97,14 @@ def rules(args):
 
 def rules_shape(dtype, batch, memory_format, c, h, k, rounds):
     x, grad = (torch.randn(batch, c, h, h, dtype=dtype).contiguous(memory_format=memory_format) for _ in range(2))
-    margin, _ = _margins(x, k, k)
+    margin, _ = margins(x, k, k)
     k -= 2 * margin
     weight = torch.randn(c, 1, k, k, dtype=dtype) / k
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     passes = {
         'conv': ({n: lambda b=b: b.conv(x, weight, None).contiguous(memory_format=memory_format)
-                  for n, b in ON_CPU.items()}, _choose(CONV_RULES, x, k, k)),
-        'corr': ({n: lambda b=b: b.corr(grad, x, k, k) for n, b in ON_CPU.items()}, _choose(CORR_RULES, x, k, k)),
+                  for n, b in ON_CPU.items()}, choose(CONV_RULES, x, k, k)),
+        'corr': ({n: lambda b=b: b.corr(grad, x, k, k) for n, b in ON_CPU.items()}, choose(CORR_RULES, x, k, k)),
     }
     line = f'  C {c:4} H {h:3} K {k:2}'
     exact = BACKENDS['fft']

@@ -1,6 +1,7 @@
 """The operator against `F.conv2d` in float64 and against the definition in loops, with every backend."""
 import copy
 import logging
+import threading
 from itertools import starmap
 
 import pytest
@@ -10,8 +11,9 @@ from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
 from reference import conv_loop
 
 from timm_smpconv import depthwise_conv2d
-from timm_smpconv.ops import BACKENDS, depthwise, use_backend
-from timm_smpconv.ops.depthwise import CONV_RULES, CORR_RULES, _choose, _conv_op, _corr_op
+from timm_smpconv.ops import BACKENDS, choice, use_backend
+from timm_smpconv.ops.choice import CONV_RULES, CORR_RULES, choose
+from timm_smpconv.ops.derivatives import conv_op, corr_op
 
 CASES = [  # (B, C, H, W, K, L)
     (2, 3, 8, 11, 5, 5),
@@ -54,14 +56,7 @@ def compare(inputs, function, tolerance):
 @pytest.mark.parametrize('backend', [None, *CPU_BACKENDS])
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_output_and_gradients(case, backend):
-    if backend is None:
-        return compare(tensors(*case), depthwise_conv2d, TOLERANCE[torch.float32])
-
-    def forced(*inputs):
-        with use_backend(backend):
-            return depthwise_conv2d(*inputs)
-
-    compare(tensors(*case), forced, TOLERANCE[torch.float32])
+    compare(tensors(*case), lambda *inputs: depthwise_conv2d(*inputs, backend=backend), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
@@ -190,13 +185,30 @@ def test_torch_func(l):
     assert difference(*tangents) < 1e-12
 
 
+@pytest.mark.parametrize('l', [3, 5])
+def test_batched_gradients(l):
+    """As torch.autograd.functional and is_grads_batched=True compute them, without torch.func."""
+    inputs = [t.requires_grad_() for t in tensors(2, 1, 2, 3, 1, l, dtype=torch.float64)]
+    jacobians = [
+        torch.autograd.functional.jacobian(f, tuple(inputs), vectorize=True, create_graph=True)
+        for f in (depthwise_conv2d, exact)]
+    hessians = [
+        torch.autograd.functional.hessian(lambda w, f=f: f(inputs[0], w).pow(3).sum(), inputs[1], vectorize=True)
+        for f in (depthwise_conv2d, exact)]
+    cotangents = torch.randn(3, 2, 1, 2, 3, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad(f(*inputs), inputs, cotangents, is_grads_batched=True) for f in (depthwise_conv2d, exact)]
+    for got, want in [*zip(*jacobians), hessians, *zip(*grads)]:
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize('backend', [None, *CPU_BACKENDS])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_opcheck(backend, layout):
     x, weight, bias = tensors(2, 3, 6, 7, 9, 9)
     x = LAYOUTS[layout](x).requires_grad_()
-    torch.library.opcheck(_conv_op, (x, weight.requires_grad_(), bias.requires_grad_(), backend))
-    torch.library.opcheck(_corr_op, (torch.randn(2, 3, 6, 7, requires_grad=True), x, 9, 9, backend))
+    torch.library.opcheck(conv_op, (x, weight.requires_grad_(), bias.requires_grad_(), backend))
+    torch.library.opcheck(corr_op, (torch.randn(2, 3, 6, 7, requires_grad=True), x, 9, 9, backend))
 
 
 class Net(torch.nn.Module):
@@ -225,10 +237,14 @@ def test_a_compiled_graph_holds_the_operator():
     assert any('timm_smpconv.depthwise_conv2d' in name for name in captured(net, x))
     torch._dynamo.reset()
     with torch.no_grad(), use_backend('fft'):
-        assert any('rfft2' in name for name in captured(net, x))
+        assert any('timm_smpconv.depthwise_conv2d' in name for name in captured(net, x))
+    torch._dynamo.reset()
+    with torch.no_grad():  # nothing but standard operators, which a compiler can fuse
+        assert not any('timm_smpconv' in name for name in captured(net, x))
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compile_trains_and_infers():
     net, x = Net(), torch.randn(2, 3, 9, 9)
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True)
@@ -256,34 +272,80 @@ def test_graphs_hold_a_standard_convolution():
         assert difference(graph(x[:1]), net(x[:1])) < 1e-5
 
 
-def test_use_backend_forces_and_ends(monkeypatch):
-    x, weight = tensors(1, 2, 5, 5, 3, 3, bias=False)
-    calls = []
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the backends that compute convolutions, in order."""
+    names = []
+
+    def recording(name, convolve):
+        return lambda *args: names.append(name) or convolve(*args)
+
     for name, backend in list(BACKENDS.items()):
-        conv = (lambda name, inner: lambda *args: calls.append(name) or inner(*args))(name, backend.conv)
-        monkeypatch.setitem(BACKENDS, name, backend._replace(conv=conv))
+        monkeypatch.setitem(BACKENDS, name, backend._replace(conv=recording(name, backend.conv)))
+    return names
+
+
+def test_a_requested_backend_computes_the_gradients_too(calls):
+    x, weight = tensors(1, 2, 5, 5, 3, 3, bias=False)
+    x.requires_grad_()
     for name in ('channels_last', 'fft'):
         with use_backend(name):
-            y = depthwise_conv2d(x.requires_grad_(), weight)
-        y.sum().backward()  # the backward keeps the choice of its forward
-    assert calls == ['channels_last', 'channels_last', 'fft', 'fft']
-    with pytest.raises(ValueError, match="'fft' was forced and cannot run: a graph to be exported"), use_backend('fft'):
+            y = depthwise_conv2d(x, weight)
+        y.sum().backward()
+    with use_backend('fft'):
+        depthwise_conv2d(x, weight, backend='contiguous').sum().backward()
+    assert calls == ['channels_last', 'channels_last', 'fft', 'fft', 'contiguous', 'contiguous']
+
+
+def test_use_backend_holds_for_its_own_thread_alone(calls):
+    x, weight = tensors(1, 2, 5, 5, 3, 3, bias=False)
+    inside, other_inside, outside = threading.Event(), threading.Event(), threading.Event()
+
+    def other():
+        inside.wait(60)
+        depthwise_conv2d(x, weight, backend='contiguous')  # what it is told, not what the first thread requested
+        depthwise_conv2d(x, weight)
+        with use_backend('channels_last'):
+            other_inside.set()
+            outside.wait(60)
+            depthwise_conv2d(x, weight)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with use_backend('fft'):
+        inside.set()
+        other_inside.wait(60)
+        depthwise_conv2d(x, weight)
+    outside.set()
+    thread.join()
+    depthwise_conv2d(x, weight)
+    default = choose(CONV_RULES, x, 3, 3)
+    assert default != 'fft'
+    assert calls == ['contiguous', default, 'fft', 'channels_last', default] or calls == [
+        'contiguous', default, 'fft', default, 'channels_last']
+    assert choice.requested_backend() is None
+
+
+def test_a_backend_that_does_not_exist_is_named():
+    x, weight = tensors(1, 2, 5, 5, 3, 3, bias=False)
+    names = 'native, contiguous, channels_last, fft, triton'
+    with pytest.raises(ValueError, match=f"name must be one of {names}, got 'cudnn'"), use_backend('cudnn'):
+        pass
+    with pytest.raises(ValueError, match=f"backend must be one of {names}, got 'cudnn'"):
+        depthwise_conv2d(x, weight, backend='cudnn')
+    with pytest.raises(ValueError, match="'fft' was requested and cannot run: an exported graph"), use_backend('fft'):
         torch.jit.trace(Net(), torch.randn(1, 3, 9, 9))
-    with pytest.raises(
-            ValueError, match="name must be one of native, contiguous, channels_last, fft, triton, got 'cudnn'"):
-        with use_backend('cudnn'):
-            pass
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch, caplog):
     x, weight = tensors(1, 2, 9, 9, 17, 17, bias=False)
     for name in ('fft', 'channels_last'):
-        monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(cannot_run=lambda x: 'it rains'))
-    with pytest.raises(ValueError, match="backend 'fft' was forced and cannot run: it rains"), use_backend('fft'):
+        monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(unsupported=lambda x: 'it rains'))
+    with pytest.raises(ValueError, match="backend 'fft' was requested and cannot run: it rains"), use_backend('fft'):
         depthwise_conv2d(x, weight)
-    with caplog.at_level(logging.DEBUG, logger='timm_smpconv.ops.depthwise'):
+    with caplog.at_level(logging.DEBUG, logger='timm_smpconv.ops.choice'):
         assert difference(depthwise_conv2d(x, weight), exact(x, weight)) < 1e-5
-    assert 'is passed over: it rains' in caplog.text
+    assert 'is skipped: it rains' in caplog.text
 
 
 @pytest.mark.parametrize('change,error,message', [
@@ -308,19 +370,19 @@ def test_bad_input_is_named(change, error, message):
     (13, 11, 'native'), (13, 13, 'contiguous'), (13, 15, 'channels_last'),  # AVX-512
     (9, 9, 'native'), (9, 11, 'channels_last'), (7, 7, 'native'), (7, 9, 'channels_last')])  # AVX2, neither
 def test_the_choice_follows_the_vector_length(monkeypatch, widest, k, expected):
-    monkeypatch.setattr(depthwise, '_ONEDNN_DTYPES', frozenset([torch.float32]))
-    monkeypatch.setattr(depthwise, '_WIDEST', widest)
-    assert _choose(CONV_RULES, torch.empty(1, 64, 28, 28), k, k) == expected
+    monkeypatch.setattr(choice, 'ONEDNN_DTYPES', frozenset([torch.float32]))
+    monkeypatch.setattr(choice, 'WIDEST', widest)
+    assert choose(CONV_RULES, torch.empty(1, 64, 28, 28), k, k) == expected
 
 
 def test_the_choice_without_onednn(monkeypatch):
-    monkeypatch.setattr(depthwise, '_ONEDNN_DTYPES', frozenset())
+    monkeypatch.setattr(choice, 'ONEDNN_DTYPES', frozenset())
     x = torch.empty(1, 64, 28, 28)
     for rules in (CONV_RULES, CORR_RULES):
-        assert [_choose(rules, x, k, k) for k in (3, 5, 7, 31)] == ['native', 'native', 'fft', 'fft']
+        assert [choose(rules, x, k, k) for k in (3, 5, 7, 31)] == ['native', 'native', 'fft', 'fft']
 
 
 def test_few_channels_and_large_kernels_use_fft():
-    assert _choose(CONV_RULES, torch.empty(4, 3, 64, 64), 31, 31) == 'fft'
+    assert choose(CONV_RULES, torch.empty(4, 3, 64, 64), 31, 31) == 'fft'
     for case in ((4, 3, 64, 64, 31, 31), (1, 4, 40, 56, 51, 51)):
         compare(tensors(*case), depthwise_conv2d, TOLERANCE[torch.float32])

@@ -1,5 +1,7 @@
-"""What only a GPU shows of the Triton programs: graphs, streams, synchronisation, memory. Results at real sizes are in
-test_depthwise_triton.py."""
+"""What only a GPU shows of the Triton programs: graphs, streams, synchronisation, memory.
+
+Results at real sizes are in test_depthwise_triton.py.
+"""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from conftest import TOLERANCE, difference
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import use_backend
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')]
 DTYPE = torch.bfloat16
 
 

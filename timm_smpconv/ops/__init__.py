@@ -1,5 +1,7 @@
 """The operators: torch only."""
-from .depthwise import BACKENDS as BACKENDS, depthwise_conv2d as depthwise_conv2d, use_backend as use_backend
+from .backends import BACKENDS as BACKENDS
+from .choice import use_backend as use_backend
+from .depthwise import depthwise_conv2d as depthwise_conv2d
 from .fused import (
     ACTIVATIONS as ACTIVATIONS,
     PackedWeight as PackedWeight,

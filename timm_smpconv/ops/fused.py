@@ -1,42 +1,31 @@
 """A convolution with its activation and a residual in one pass of oneDNN: what merged models consist of.
 
-`torch.compile` does the same with frozen weights, after half a minute and with a C++ compiler; this needs neither.
+`torch.compile` does the same with frozen weights, after half a minute and with a C++ compiler. This needs neither.
 
-Before every convolution oneDNN copies the weight into a format of its own, a fifth of the time at batch 1 in float32,
-unless it is given a copy that was kept. `smpconv_tiny`, merged, channels_last, batch 1, on 2 cores with AVX-512 and
-torch 2.14: 86 ms in float32 and 55 in bfloat16 operator by operator, 82 and 50 in one pass, 64 and 40 with kept copies.
+Before every convolution oneDNN copies the weight into a format of its own. That is a fifth of the time at batch 1 in
+float32, unless a copy is kept. `smpconv_tiny`, merged, channels_last, batch 1, on 2 cores with AVX-512 and torch 2.14:
+86 ms in float32 and 55 in bfloat16 operator by operator, 82 and 50 in one pass, 64 and 40 with kept copies.
+
+Shapes: B batch, C and O channels in and out, H and W height and width, K and L height and width of the kernel.
 """
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import depthwise
+from . import choice, private
+from .depthwise import check_exportable, depthwise_conv2d
 
 __all__ = ['ACTIVATIONS', 'PackedWeight', 'conv2d_in_steps', 'fused_conv2d']
 
 ACTIVATIONS = ('none', 'relu', 'gelu')
 
-# PyTorch's own operators for its compiler: they have to be those known here.
-_ARGUMENTS = 'X W B padding stride dilation groups attr scalars algorithm'
-_ARGUMENTS_ADDED = (
-    'X other W B padding stride dilation groups binary_attr alpha unary_attr unary_scalars unary_algorithm')
-
-
-def _operators_known() -> bool:
-    operator = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
-    if operator is None or not {'default', 'binary'} <= set(operator.overloads()):
-        return False
-    names = [' '.join(a.name for a in o._schema.arguments) for o in (operator.default, operator.binary)]
-    return names == [_ARGUMENTS, _ARGUMENTS_ADDED]
-
-
-# Measured with AVX-512 alone; elsewhere oneDNN may compute an activation by its reference program.
-_DTYPES = depthwise._ONEDNN_DTYPES & {torch.float32, torch.bfloat16}
-_FUSES = torch.backends.cpu.get_cpu_capability() == 'AVX512' and _operators_known()
+# One pass was measured with AVX-512 alone; elsewhere oneDNN may compute an activation by its reference program.
+ENABLED = torch.backends.cpu.get_cpu_capability() == 'AVX512'
+_DTYPES = choice.ONEDNN_DTYPES & {torch.float32, torch.bfloat16}
+_convolve: Any = private.pointwise_convolution()
 
 
 class PackedWeight:
@@ -57,14 +46,18 @@ class PackedWeight:
             dilation: Tuple[int, int],
             groups: int,
     ) -> torch.Tensor:
-        if weight.is_inference() or weight.requires_grad:  # could change unseen: fused optimizers count no version
+        """The kept copy, made anew if the weight or the size of x changed; the weight itself if none can be kept."""
+        # Such weights can change without a new version: fused optimizers count none.
+        if weight.is_inference() or weight.requires_grad:
             return weight
         made_for = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, x.shape)
-        kept = self._kept  # once: threads may share it
+        kept = self._kept  # read once: threads may share it
         if kept is None or kept[0] != made_for:
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                weight.detach().contiguous().to_mkldnn(), padding, stride, dilation, groups, x.shape)
-            kept = self._kept = made_for, packed, weight.detach()  # while that lives, its address is no other's
+            packed = private.reordered_weight(weight, padding, stride, dilation, groups, x.shape)
+            if packed is None:
+                return weight
+            # Keeping the weight, too, makes sure that no other one gets its address.
+            kept = self._kept = made_for, packed, weight.detach()
         return kept[1]
 
 
@@ -82,42 +75,50 @@ def fused_conv2d(
 ) -> torch.Tensor:
     """`activation(F.conv2d(x, weight, bias, stride, padding, dilation, groups)) + residual`.
 
-    In one pass where nothing is recorded, compiled or exported, on a CPU with AVX-512, in float32 and bfloat16, for
-    images in channels_last; step by step otherwise.
+    Computed in one pass on CPUs with AVX-512, in float32 and bfloat16, for channels_last inputs, where nothing is
+    recorded, compiled or exported. Otherwise step by step.
 
     Args:
         x: (B, C, H, W).
         weight: (O, C / groups, K, L).
         bias: (O,).
-        activation: Of `ACTIVATIONS`; GELU is the exact one.
-        stride, padding, dilation: Pairs.
-        residual: (B, O, H', W'), the shape of the result; it is not changed.
-        packed: Where to keep a weight that does not require gradients, in oneDNN's format, from one call to the next.
+        stride: Of `F.conv2d`, a pair.
+        padding: Of `F.conv2d`, a pair.
+        dilation: Of `F.conv2d`, a pair.
+        groups: Of `F.conv2d`.
+        activation: One of `ACTIVATIONS`; 'gelu' is the exact one, with the error function.
+        residual: (B, O, H', W'), the shape of the result. It is not changed.
+        packed: Keeps the weight in oneDNN's format from one call to the next, if it does not require gradients.
 
     Returns:
-        (B, O, H', W'). GELU in one pass makes NaN of infinity; all else is the same.
+        (B, O, H', W'). GELU in one pass turns infinity into NaN; everything else is the same in both ways.
+
+    Example:
+        >>> x, weight = torch.randn(1, 8, 14, 14), torch.randn(16, 8, 1, 1)
+        >>> fused_conv2d(x, weight, activation='relu').shape
+        torch.Size([1, 16, 14, 14])
     """
     inputs = [t for t in (x, weight, bias, residual) if t is not None]
     if has_torch_function(inputs):
-        if any(isinstance(t, torch.fx.Proxy) for t in inputs):  # whose graph TorchScript may be asked to take
+        if any(isinstance(t, torch.fx.Proxy) for t in inputs):  # TorchScript may have to compile this graph
             return handle_torch_function(
                 conv2d_in_steps, inputs, x, weight, bias, stride, padding, dilation, groups, activation, residual)
         return handle_torch_function(
             fused_conv2d, inputs, x, weight, bias, stride, padding, dilation, groups, activation, residual, packed)
     if torch.jit.is_tracing() and groups > 1:
-        depthwise._stays_native(x)  # or a backend was forced in vain
+        check_exportable(choice.requested_backend())
     if not _fuses(inputs, x, weight, stride, padding, dilation, groups, residual):
         return conv2d_in_steps(x, weight, bias, stride, padding, dilation, groups, activation, residual)
     if _is_same_depthwise(weight, stride, padding, dilation, groups):
-        dy, dx = depthwise._margins(x, weight.shape[2], weight.shape[3])
+        dy, dx = choice.margins(x, weight.shape[2], weight.shape[3])
         weight = weight[:, :, dy:weight.shape[2] - dy, dx:weight.shape[3] - dx]
         padding = (padding[0] - dy, padding[1] - dx)
     if packed is not None:
         weight = packed.of(weight, x, stride, padding, dilation, groups)
     if residual is not None and activation == 'none':
-        return torch.ops.mkldnn._convolution_pointwise.binary(
+        return _convolve.binary(
             x, residual, weight, bias, padding, stride, dilation, groups, 'add', 1.0, None, [], None)
-    y = torch.ops.mkldnn._convolution_pointwise(
+    y = _convolve(
         x, weight, bias, padding, stride, dilation, groups, 'gelu' if activation == 'gelu' else 'none', [], 'none')
     if activation == 'relu':
         y.relu_()  # oneDNN's turns NaN into 0
@@ -135,9 +136,9 @@ def conv2d_in_steps(
         activation: str,
         residual: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    """The same by standard operators and `depthwise_conv2d`, for TorchScript too."""
+    """`fused_conv2d` by standard operators and `depthwise_conv2d`, for TorchScript too."""
     if not torch.jit.is_tracing() and _is_same_depthwise(weight, stride, padding, dilation, groups):
-        y = depthwise.depthwise_conv2d(x, weight, bias)
+        y = depthwise_conv2d(x, weight, bias)
     else:
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if activation == 'relu':
@@ -172,14 +173,17 @@ def _fuses(
         groups: int,
         residual: Optional[torch.Tensor],
 ) -> bool:
-    """Whether one pass is possible here, measured, and the same; what is not right is left to others to refuse."""
-    if not _FUSES or x.device.type != 'cpu' or x.dtype not in _DTYPES or not torch.backends.mkldnn.enabled:
+    """Whether one pass is available, fast and equivalent.
+
+    Invalid inputs are not fused: they fall through to the standard operators, which raise.
+    """
+    if not ENABLED or x.device.type != 'cpu' or x.dtype not in _DTYPES or not torch.backends.mkldnn.enabled:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or depthwise._forced is not None:
+    if private.transforms_active() or private.forward_ad_active() or private.dispatch_mode_active():
         return False
-    if torch._C._len_torch_dispatch_stack() > 0:  # somebody counts operations, or follows them, and knows these not
+    if choice.requested_backend() is not None or _convolve is None:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return False
@@ -192,19 +196,20 @@ def _fuses(
     size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)]
-    if min(size) < 1 or depthwise._memory_format(x) != torch.channels_last:
+    if min(size) < 1 or choice.memory_format(x) != torch.channels_last:
         return False
     if residual is not None:
         if residual.shape != (x.shape[0], weight.shape[0], *size):
             return False
-        if depthwise._memory_format(residual) != torch.channels_last:
+        if choice.memory_format(residual) != torch.channels_last:
             return False
     if not _is_same_depthwise(weight, stride, padding, dilation, groups):
         return True
-    dy, dx = depthwise._margins(x, weight.shape[2], weight.shape[3])
-    k, l = weight.shape[2] - 2 * dy, weight.shape[3] - 2 * dx
-    chosen = depthwise._choose(depthwise.CONV_RULES, x, k, l)
-    return chosen in ('native', 'channels_last') and depthwise._working_dtype(x, l) == x.dtype
+    k, l = weight.shape[2:]
+    _, dx = choice.margins(x, k, l)
+    if choice.working_dtype(x, l - 2 * dx) != x.dtype:
+        return False
+    return choice.choose(choice.CONV_RULES, x, k, l) in ('native', 'channels_last')
 
 
 def _gelu(y: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,80 @@
+"""Private names of PyTorch that the operators use, and what happens without them.
+
+Every function looks its name up when it is called. If the name is gone, the function gives the answer that is always
+right and, at worst, slower: the operators then use PyTorch's standard ones.
+"""
+from typing import Any, FrozenSet, Optional, Sequence
+
+import torch
+from torch.autograd import forward_ad
+
+# Arguments of PyTorch's fused convolution, an operator for its compiler. Another signature counts as absent.
+_POINTWISE = 'X W B padding stride dilation groups attr scalars algorithm'
+_POINTWISE_ADD = 'X other W B padding stride dilation groups binary_attr alpha unary_attr unary_scalars unary_algorithm'
+
+
+def _find(path: str) -> Any:
+    """`torch.PATH`, None if a name on the way is gone."""
+    found: Any = torch
+    for name in path.split('.'):
+        found = getattr(found, name, None)
+    return found
+
+
+def transforms_active() -> bool:
+    """Whether a `torch.func` transform (vmap, grad, jvp) is active; True if unknown."""
+    active = _find('_C._are_functorch_transforms_active')
+    return True if active is None else active()
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether x is batched by `torch.autograd.grad(is_grads_batched=True)`; True if unknown."""
+    legacy = _find('_C._functorch.is_legacy_batchedtensor')
+    return True if legacy is None else legacy(x)
+
+
+def dispatch_mode_active() -> bool:
+    """Whether a `TorchDispatchMode` (a FLOP counter, say) is active; True if unknown."""
+    length = _find('_C._len_torch_dispatch_stack')
+    return True if length is None else length() > 0
+
+
+def forward_ad_active() -> bool:
+    """Whether forward-mode differentiation is active; True if unknown."""
+    return getattr(forward_ad, '_current_level', 0) >= 0
+
+
+def onednn_dtypes() -> FrozenSet[torch.dtype]:
+    """The dtypes that PyTorch convolves by oneDNN on this CPU: float32 and the half precisions known to be supported.
+
+    Empty in a PyTorch without oneDNN.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    half = {torch.bfloat16: '_is_mkldnn_bf16_supported', torch.float16: '_is_mkldnn_fp16_supported'}
+    supported = [dtype for dtype, name in half.items() if (_find(f'ops.mkldnn.{name}') or bool)()]
+    return frozenset([torch.float32, *supported])
+
+
+def pointwise_convolution() -> Optional[Any]:
+    """oneDNN's convolution with an activation (overload `default`) or an addition (`binary`); None if unknown."""
+    operator = _find('ops.mkldnn._convolution_pointwise')
+    if operator is None or not {'default', 'binary'} <= set(operator.overloads()):
+        return None
+    signatures = [' '.join(a.name for a in o._schema.arguments) for o in (operator.default, operator.binary)]
+    return operator if signatures == [_POINTWISE, _POINTWISE_ADD] else None
+
+
+def reordered_weight(
+        weight: torch.Tensor,
+        padding: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        input_size: Sequence[int],
+) -> Optional[torch.Tensor]:
+    """A copy of a convolution's weight in the format oneDNN prefers for inputs of `input_size`; None if unknown."""
+    reorder = _find('_C._nn.mkldnn_reorder_conv2d_weight')
+    if reorder is None:
+        return None
+    return reorder(weight.detach().contiguous().to_mkldnn(), padding, stride, dilation, groups, input_size)
