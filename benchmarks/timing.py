@@ -50,7 +50,8 @@ def agree(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: fl
 
 def machine() -> str:
     """One line on the processor and the versions."""
-    names = {line.split(':')[1].strip() for line in pathlib.Path('/proc/cpuinfo').open() if line.startswith('model name')}
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    names = {line.split(':')[1].strip() for line in lines if line.startswith('model name')}
     return (
         f'{", ".join(names)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, '
         f'{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, timm {timm.__version__}, '

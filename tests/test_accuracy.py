@@ -99,7 +99,8 @@ def test_large_numbers_stay_finite(monkeypatch):
         for actual, expected in zip(results(*case), exact(*case)):
             reach = expected.abs() < 1e38
             assert actual[reach].isfinite().all()
-            torch.testing.assert_close(actual[reach].double(), expected[reach], rtol=0, atol=1e-5 * expected.abs().max())
+            error = (actual[reach].double() - expected[reach]).abs().max()
+            assert error <= 1e-5 * expected.abs().max()
 
 
 def test_infinity_spoils_only_what_it_reaches(monkeypatch):
@@ -108,4 +109,3 @@ def test_infinity_spoils_only_what_it_reaches(monkeypatch):
     x[0, 1, 3, 3] = torch.inf
     y = results(x, weight, cotangent)[0]
     assert torch.equal(y.isfinite(), exact(x, weight, cotangent)[0].isfinite())
-

@@ -176,9 +176,9 @@ def test_few_channels_in_bfloat16_return():
 def test_bad_input_is_refused_as_by_the_standard_operators():
     x, weight, bias, rest = make('pointwise')
     for wrong in (x[:, :-1], x.double(), x[0, 0]):
+        if wrong.ndim == 4:
+            wrong = wrong.contiguous(memory_format=torch.channels_last)
         with pytest.raises((RuntimeError, ValueError)):
-            if wrong.ndim == 4:
-                wrong = wrong.contiguous(memory_format=torch.channels_last)
             fused_conv2d(wrong, weight, bias)
     with pytest.raises(RuntimeError):
         fused_conv2d(x, weight, bias, residual=torch.randn(2, 3, 7, 9).contiguous(memory_format=torch.channels_last))
@@ -278,7 +278,8 @@ def test_traced_merged_models(photos):
         expected = merged(photos)
         scripted = torch.jit.script(torch.fx.symbolic_trace(merged))
         assert difference(scripted(photos), expected) < TOLERANCE[torch.float32]
-        with use_backend('fft'), pytest.raises(ValueError, match="backend 'fft' was requested and cannot run: an exported graph"):
+        message = "backend 'fft' was requested and cannot run: an exported graph"
+        with use_backend('fft'), pytest.raises(ValueError, match=message):
             torch.jit.trace(merged, photos)
 
 
