@@ -36,7 +36,7 @@ def dist(tmp_path_factory):
     # No isolation: what pyproject.toml requires for the build is in the extra `test`, and nothing is downloaded.
     environ = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}  # setuptools warns of it
     output = run('-m', 'build', '--no-isolation', '--outdir', folder / 'dist', folder / 'source', env=environ)
-    assert 'Successfully built' in output and not re.search('warning|deprecat|absent from', output, re.IGNORECASE)
+    assert 'Successfully built' in output and not re.search(r'warning|deprecat|absent from', output, re.IGNORECASE)
     return folder / 'dist'
 
 
@@ -88,9 +88,9 @@ def test_installs_without_extras_and_runs_outside_the_checkout(wheel, metadata, 
     work.mkdir()
     extras = {
         re.match(r'[\w.-]+', line)[0] for line in metadata.get_all('Requires-Dist')
-        if re.search('extra == "(demo|export|scripts)"', line)}
+        if re.search(r'extra == "(demo|export|scripts)"', line)}
     assert 'scikit-learn' in extras
-    blocked = {name: None for name in {'sklearn', *extras} - {'tqdm'}}  # huggingface_hub needs tqdm, too
+    blocked = dict.fromkeys({'sklearn', *extras} - {'tqdm'})  # huggingface_hub needs tqdm, too
     (installed / 'sitecustomize.py').write_text(f'import sys\nsys.modules.update({blocked})\n')
     environ = dict(os.environ, PYTHONPATH=str(installed))
 
