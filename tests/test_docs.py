@@ -23,6 +23,7 @@ import pytest
 import timm
 import torch
 import torch._inductor.config
+import yaml
 from conftest import MODELS, difference
 from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
@@ -148,10 +149,10 @@ def unwrap(words):
         words = words[1:]
     if words[:2] == ['timm-smpconv', 'run']:
         script, *rest = words[2:]
-        end = rest.index('timm_smpconv') - 1 if 'timm_smpconv' in rest else len(rest)  # bulk_runner.py starts another
+        end = rest.index('timm_smpconv') if 'timm_smpconv' in rest else len(rest)  # what bulk_runner.py starts
         yield script, rest[:end]
         if rest[end:]:
-            yield from unwrap(['timm-smpconv', *rest[end + 2:]])
+            yield from unwrap(['timm-smpconv', *rest[end + 1:]])
     else:
         yield words[0], words[1:]
 
@@ -160,7 +161,7 @@ PROGRAMS = [
     (page, program, arguments)
     for page in PAGES for words in commands(page) for program, arguments in unwrap(words)]
 OURS = ('timm-smpconv', 'torchrun', 'weights/', 'benchmarks.')
-FOREIGN = ('build', 'export', 'git', 'issues', 'mypy', 'pip', 'pre-commit', 'pytest', 'python3', 'ruff', 'twine')
+FOREIGN = ('build', 'export', 'git', 'mypy', 'pip', 'pre-commit', 'pytest', 'python3', 'ruff', 'source', 'twine')
 
 
 def lacking(arguments, text):
@@ -226,6 +227,13 @@ def test_options_of_timms_scripts_exist():
 def test_readme_fits_on_two_screens_and_has_one_test_command():
     assert len(README.splitlines()) <= 150
     assert len(re.findall(r'^python3 -m venv .*pytest.*$', README, re.MULTILINE)) == 1  # .ci/run runs it
+
+
+def test_commit_hooks_run_what_ci_runs():
+    (repository,) = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text(encoding='utf-8'))['repos']
+    entries = [hook['entry'] for hook in repository['hooks']]
+    script = (ROOT / '.ci' / 'run').read_text(encoding='utf-8')
+    assert entries == ['ruff check', 'mypy'] and all(entry in script for entry in entries)
 
 
 def anchors(text):
