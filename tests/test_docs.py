@@ -220,7 +220,8 @@ def test_options_of_timms_scripts_exist():
             texts[program] = subprocess.run(
                 [sys.executable, '-m', 'timm_smpconv', 'run', program, '--help'], check=True, capture_output=True,
                 text=True).stdout
-        assert not lacking(arguments, texts[program]), (page, program)
+        missing = lacking(arguments, texts[program])
+        assert missing == (['-c'] if program == 'train.py' else []), (page, program)  # its --help omits -c
     assert {'train.py', 'validate.py', 'benchmark.py', 'bulk_runner.py'} <= texts.keys()
 
 
@@ -234,6 +235,17 @@ def test_commit_hooks_run_what_ci_runs():
     entries = [hook['entry'] for hook in repository['hooks']]
     script = (ROOT / '.ci' / 'run').read_text(encoding='utf-8')
     assert entries == ['ruff check', 'mypy'] and all(entry in script for entry in entries)
+
+
+def test_the_map_in_contributing_names_every_file():
+    cells = re.findall(r'^\| (`[^|]*`) \|', PAGES['CONTRIBUTING.md'].split('## Where')[1].split('\n## ')[0], re.MULTILINE)
+    named = set()
+    for cell in cells:
+        first, *others = re.findall(r'`([^`]+)`', cell)  # the others are in the folder of the first
+        named |= {ROOT / first, *((ROOT / first).parent / other for other in others)}
+    assert not [path for path in named if not path.exists()]
+    package = ROOT / 'timm_smpconv'
+    assert {path for path in package.iterdir() if path.suffix == '.py' or path.name in ('ops', 'recipes')} <= named
 
 
 def anchors(text):
