@@ -238,7 +238,8 @@ def test_commit_hooks_run_what_ci_runs():
 
 
 def test_the_map_in_contributing_names_every_file():
-    cells = re.findall(r'^\| (`[^|]*`) \|', PAGES['CONTRIBUTING.md'].split('## Where')[1].split('\n## ')[0], re.MULTILINE)
+    section = PAGES['CONTRIBUTING.md'].split('## Where')[1].split('\n## ')[0]
+    cells = re.findall(r'^\| (`[^|]*`) \|', section, re.MULTILINE)
     named = set()
     for cell in cells:
         first, *others = re.findall(r'`([^`]+)`', cell)  # the others are in the folder of the first
