@@ -1,0 +1,296 @@
+"""README.md, CONTRIBUTING.md and docs/: code that runs, commands and options that exist, links that lead somewhere.
+
+Also: the examples in docstrings run, and every public name has one.
+"""
+import contextlib
+import doctest
+import importlib
+import inspect
+import io
+import os
+import pkgutil
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import convert
+import publish
+import pytest
+import timm
+import torch
+import torch._inductor.config
+import yaml
+from conftest import MODELS, difference
+from huggingface_hub import HfApi, constants
+from reference import authors_state_dict
+from test_weights import unpublished
+from torch.distributed.run import get_args_parser
+
+import timm_smpconv
+from timm_smpconv import pretrained
+from timm_smpconv.__main__ import main
+from timm_smpconv.recipe import recipe_names
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')
+    for path in [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted(ROOT.glob('docs/*.md'))]}
+README = PAGES['README.md']
+
+
+def blocks(page, language=''):
+    """The code blocks of a page in a language; shell lines have none."""
+    found = re.findall(r'^```(\w*)\n(.*?)^```$', PAGES[page], re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the Python blocks of a page in order in an empty folder, and yields their names after each."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(page):
+        names = {}
+        for block in blocks(page, 'python'):
+            exec(compile(block, page, 'exec'), names)
+            yield names
+    return run
+
+
+@pytest.fixture
+def checkpoint(run):
+    """The authors' checkpoint, in the folder in which the blocks run."""
+    state_dict = authors_state_dict('smpconv_tiny')
+    torch.save({'state_dict_ema': state_dict}, 'SMPConv_T.pth')
+    return state_dict
+
+
+def test_readme(run, checkpoint):
+    *_, names = run('README.md')
+    with torch.no_grad():
+        assert difference(names['logits'], names['model'](names['image'])) < 1e-5
+        assert difference(names['again'].eval()(names['image']), names['logits']) < 1e-5
+    assert torch.equal(names['theirs'].head.fc.weight, checkpoint['head.weight'])
+
+
+def test_training(run):
+    *_, names = run('docs/training.md')
+    assert isinstance(names['optimizer'], torch.optim.SGD)
+
+
+def test_layer_and_operator(run):
+    *_, names = run('docs/layer-and-operator.md')
+    assert difference(names['y'].new_tensor(names['errors']['native']), torch.tensor(1.1e-6)) < 1
+    assert 1e-4 < names['errors']['fft'] < 1e-2  # the figures on the page, on any CPU
+
+
+@pytest.mark.slow
+def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(pretrained, 'BUILT_IN', dict.fromkeys(pretrained.BUILT_IN))  # whatever was published
+    unpublished(tmp_path / 'sources.yaml')
+    (command,) = (args for args in commands('docs/weights.md') if args[:2] == ['python', 'weights/convert.py'])
+    assert convert.main([*command[2:], '--sources', 'sources.yaml']) == 0
+    HfApi(endpoint=server.url, token='hf_writer').create_repo('timm-smpconv/smpconv_tiny.in1k')
+    HfApi(endpoint=server.url, token='hf_writer').upload_folder(
+        repo_id='timm-smpconv/smpconv_tiny.in1k', folder_path='smpconv_tiny.in1k')
+    command, _ = (args for args in commands('docs/weights.md') if args[:2] == ['python', 'weights/publish.py'])
+    assert '--dry-run' in command and publish.main(command[2:]) == 0
+    *_, names = run('docs/weights.md')
+    for key, value in names['converted'].state_dict().items():
+        for name in ('theirs', 'pretrained', 'by_address'):
+            assert torch.equal(names[name].state_dict()[key], value), (name, key)
+
+
+@pytest.mark.slow
+def test_deployment(run, tmp_path):
+    engines = 0
+    with torch._inductor.config.patch(freezing=False), torch.no_grad():  # puts back what the page sets
+        for names in run('docs/deployment.md'):
+            if 'logits' in names:  # eager, prepacked, compiled, OpenVINO, ONNX Runtime
+                assert difference(names.pop('logits'), names['model'](names['image'])) < 1e-4
+                engines += 1
+        assert engines == 5
+        image = torch.randn(1, 3, 64, 64)
+        assert difference(names['again'].eval()(image), names['model'](image)) < 1e-5
+    assert (tmp_path / 'smpconv_tiny.onnx').exists()
+
+
+def test_every_page_with_code_is_run():
+    found = {page for page in PAGES if blocks(page, 'python')}
+    assert found == {
+        'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/weights.md', 'docs/deployment.md'}
+
+
+def commands(page):
+    """The words of every command of a page's shell lines, a substituted one (`$(…)`) before the one that holds it."""
+    for line in '\n'.join(blocks(page)).replace('\\\n', ' ').splitlines():
+        for inner in re.findall(r'\$\(([^)]*)\)', line):
+            yield shlex.split(inner)
+        for part in re.sub(r'\$\([^)]*\)', 'SUBSTITUTED', line).split('&&'):
+            words = shlex.split(part, comments=True)
+            if words:
+                yield [words[0].removeprefix('.venv/bin/'), *words[1:]]
+
+
+def unwrap(words):
+    """(program, arguments) of each program in a command: `torchrun … -m timm_smpconv run train.py …` is three."""
+    if words[0] == 'torchrun':
+        end = words.index('-m')
+        yield 'torchrun', words[:end]
+        words = ['timm-smpconv', *words[end + 2:]]
+    if words[0] == 'python' and words[1] == '-m':
+        words = words[2:]
+    elif words[0] == 'python':
+        words = words[1:]
+    if words[:2] == ['timm-smpconv', 'run']:
+        script, *rest = words[2:]
+        end = rest.index('timm_smpconv') if 'timm_smpconv' in rest else len(rest)  # what bulk_runner.py starts
+        yield script, rest[:end]
+        if rest[end:]:
+            yield from unwrap(['timm-smpconv', *rest[end + 1:]])
+    else:
+        yield words[0], words[1:]
+
+
+PROGRAMS = [
+    (page, program, arguments)
+    for page in PAGES for words in commands(page) for program, arguments in unwrap(words)]
+OURS = ('timm-smpconv', 'torchrun', 'weights/', 'benchmarks.')
+FOREIGN = ('build', 'export', 'git', 'mypy', 'pip', 'pre-commit', 'pytest', 'python3', 'ruff', 'source', 'twine')
+
+
+def lacking(arguments, text):
+    """The options among arguments that a program's --help does not name."""
+    options = [word.partition('=')[0] for word in arguments if re.match(r'--?[a-z]', word)]
+    return [option for option in options if not re.search(rf'(?<![\w-]){re.escape(option)}(?![\w-])', text)]
+
+
+def help_of(program, arguments):
+    """The --help of a program of ours, or of torchrun."""
+    if program == 'torchrun':
+        return get_args_parser().format_help()
+    output = io.StringIO()
+    with (
+        contextlib.redirect_stdout(output), contextlib.suppress(SystemExit),
+        mock.patch.object(sys, 'argv', [program, '--help']), mock.patch.object(sys, 'path', [str(ROOT), *sys.path]),
+    ):
+        if program == 'timm-smpconv':
+            main([*(word for word in arguments[:1] if not word.startswith('-')), '--help'])
+        elif program.startswith('weights/'):
+            {'weights/convert.py': convert, 'weights/publish.py': publish}[program].main(['--help'])
+        else:
+            runpy.run_module(program, run_name='__main__')
+    return output.getvalue()
+
+
+def test_commands_and_their_options_exist():
+    extras = (ROOT / 'pyproject.toml').read_text(encoding='utf-8').split('[project.optional-dependencies]')[1]
+    extras = set(re.findall(r'^(\w+) = \[', extras.split('\n[')[0], re.MULTILINE))
+    checked = set()
+    for page, program, arguments in PROGRAMS:
+        if program.startswith(OURS):
+            text = help_of(program, arguments)
+            assert not lacking(arguments, text), (page, program)
+            checked.add(program)
+            if program.startswith('benchmarks.'):
+                assert not arguments or arguments[0].startswith('-') or arguments[0] in text, (page, arguments)
+            if program == 'timm-smpconv' and arguments[:1] == ['recipe'] and arguments[1:]:
+                assert arguments[1] in (*recipe_names(), 'NAME'), page
+        else:
+            assert program in FOREIGN or program.endswith('.py') or (ROOT / program).exists(), (page, program)
+        for extra in re.findall(r'\.\[([\w,]+)\]', ' '.join(arguments)):
+            assert set(extra.split(',')) <= extras, page
+    assert {'timm-smpconv', 'torchrun', 'weights/convert.py', 'weights/publish.py'} <= checked
+
+
+@pytest.mark.slow
+def test_options_of_timms_scripts_exist():
+    if 'TIMM_SCRIPTS' not in os.environ:
+        pytest.skip("timm's scripts: TIMM_SCRIPTS does not name their folder")
+    texts = {}
+    for page, program, arguments in PROGRAMS:
+        if not program.endswith('.py') or program.startswith('weights/'):
+            continue
+        if program not in texts:
+            texts[program] = subprocess.run(
+                [sys.executable, '-m', 'timm_smpconv', 'run', program, '--help'], check=True, capture_output=True,
+                text=True).stdout
+        missing = lacking(arguments, texts[program])
+        assert missing == (['-c'] if program == 'train.py' else []), (page, program)  # its --help omits -c
+    assert {'train.py', 'validate.py', 'benchmark.py', 'bulk_runner.py'} <= texts.keys()
+
+
+def test_readme_fits_on_two_screens_and_has_one_test_command():
+    assert len(README.splitlines()) <= 150
+    assert len(re.findall(r'^python3 -m venv .*pytest.*$', README, re.MULTILINE)) == 1  # .ci/run runs it
+
+
+def test_commit_hooks_run_what_ci_runs():
+    (repository,) = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text(encoding='utf-8'))['repos']
+    entries = [hook['entry'] for hook in repository['hooks']]
+    script = (ROOT / '.ci' / 'run').read_text(encoding='utf-8')
+    assert entries == ['ruff check', 'mypy'] and all(entry in script for entry in entries)
+
+
+def test_the_map_in_contributing_names_every_file():
+    section = PAGES['CONTRIBUTING.md'].split('## Where')[1].split('\n## ')[0]
+    cells = re.findall(r'^\| (`[^|]*`) \|', section, re.MULTILINE)
+    named = set()
+    for cell in cells:
+        first, *others = re.findall(r'`([^`]+)`', cell)  # the others are in the folder of the first
+        named |= {ROOT / first, *((ROOT / first).parent / other for other in others)}
+    assert not [path for path in named if not path.exists()]
+    package = ROOT / 'timm_smpconv'
+    assert {path for path in package.iterdir() if path.suffix == '.py' or path.name in ('ops', 'recipes')} <= named
+
+
+def anchors(text):
+    """GitHub's names of the headings of a page."""
+    titles = re.findall(r'^#+ (.*)$', re.sub(r'^```.*?^```$', '', text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
+
+
+@pytest.mark.parametrize('page', [*PAGES, 'CHANGELOG.md', 'benchmarks/results.md'])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding='utf-8')
+    for target in re.findall(r'\]\(([^)]+)\)', text):
+        if target.startswith('https://'):
+            continue
+        path, _, anchor = target.partition('#')
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding='utf-8')), target
+
+
+def test_table_names_every_model_and_its_parameters():
+    rows = dict(re.findall(r'\| `(smpconv_\w+)` \| [\d.]+ \| ([\d,]+) \|', README))
+    assert rows.keys() == set(MODELS)
+    for name, parameters in rows.items():
+        model = timm.create_model(name, device='meta')
+        assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(',', ''))
+
+
+MODULES = [
+    info.name for info in pkgutil.walk_packages(timm_smpconv.__path__, 'timm_smpconv.')
+    if 'triton' not in info.name and not info.name.endswith('__main__')]  # Triton need not be installed
+PUBLIC = sorted(
+    name for name, value in vars(timm_smpconv).items()
+    if not name.startswith('_') and (inspect.isclass(value) or inspect.isfunction(value))
+    and not (inspect.isclass(value) and issubclass(value, Exception)))
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_examples_of_docstrings_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+@pytest.mark.parametrize('name', PUBLIC)
+def test_public_names_have_an_example(name):
+    tests = doctest.DocTestFinder(recurse=False).find(getattr(timm_smpconv, name), name)
+    assert any(test.examples for test in tests)

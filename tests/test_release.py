@@ -1,0 +1,127 @@
+"""A release: sdist and wheel built from a copy of this checkout, installed without extras and run outside it."""
+import ast
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import timm_smpconv
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / 'timm_smpconv'
+VERSION = timm_smpconv.__version__
+
+
+def run(*command, **kwargs):
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope='module')
+def dist(tmp_path_factory):
+    """The folder of the sdist and the wheel, which is built from the sdist; any warning of setuptools fails."""
+    folder = tmp_path_factory.mktemp('release')
+    left_out = shutil.ignore_patterns('.*', '__pycache__', '*.egg-info', 'build', 'dist', 'smpconv-demo', 'shared')
+    shutil.copytree(ROOT, folder / 'source', ignore=left_out)
+    # No isolation: what pyproject.toml requires for the build is in the extra `test`, and nothing is downloaded.
+    environ = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}  # setuptools warns of it
+    output = run('-m', 'build', '--no-isolation', '--outdir', folder / 'dist', folder / 'source', env=environ)
+    assert 'Successfully built' in output and not re.search(r'warning|deprecat|absent from', output, re.IGNORECASE)
+    return folder / 'dist'
+
+
+@pytest.fixture(scope='module')
+def wheel(dist):
+    (path,) = dist.glob('*.whl')
+    return path
+
+
+@pytest.fixture(scope='module')
+def metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return email.message_from_bytes(archive.read(f'timm_smpconv-{VERSION}.dist-info/METADATA'))
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_nothing_else(wheel, metadata):
+    expected = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob('*') if path.suffix in ('.py', '.yaml')}
+    expected |= {path.name for path in ROOT.glob('timm_smpconv*.py')}  # modules beside the package
+    assert 'timm_smpconv/recipes/smpconv_tiny.yaml' in expected
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if '.dist-info/' not in name]
+        assert set(names) == expected | {'timm_smpconv/py.typed'} and len(set(names)) == len(names)
+        licence = archive.read(f'timm_smpconv-{VERSION}.dist-info/licenses/LICENSE')
+    assert licence == (ROOT / 'LICENSE').read_bytes()
+    assert (metadata['Name'], metadata['Version'], metadata['License-Expression']) == ('timm-smpconv', VERSION, 'MIT')
+    assert {'demo', 'export', 'scripts', 'test'} <= set(metadata.get_all('Provides-Extra'))
+
+
+@pytest.mark.slow
+def test_sdist_holds_what_a_reader_needs_and_no_tests(dist):
+    (path,) = dist.glob('*.tar.gz')
+    with tarfile.open(path) as archive:
+        names = {name.partition('/')[2] for name in archive.getnames()}
+    assert {'LICENSE', 'README.md', 'CHANGELOG.md', 'pyproject.toml', 'docs/training.md', 'docs/kernels.png'} <= names
+    assert 'timm_smpconv/py.typed' in names and 'timm_smpconv/recipes/smpconv_base.yaml' in names
+    assert not [name for name in names if name.startswith('tests')]
+
+
+@pytest.mark.slow
+def test_the_index_would_accept_it(dist):
+    output = run('-m', 'twine', 'check', '--strict', *dist.iterdir(), env=dict(os.environ, COLUMNS='300', NO_COLOR='1'))
+    assert output.count('PASSED') == 2
+
+
+@pytest.mark.slow
+def test_installs_without_extras_and_runs_outside_the_checkout(wheel, metadata, tmp_path):
+    installed, work = tmp_path / 'installed', tmp_path / 'work'
+    run('-m', 'pip', 'install', '--quiet', '--no-index', '--no-deps', '--target', installed, wheel)
+    work.mkdir()
+    extras = {
+        re.match(r'[\w.-]+', line)[0] for line in metadata.get_all('Requires-Dist')
+        if re.search(r'extra == "(demo|export|scripts)"', line)}
+    assert 'scikit-learn' in extras
+    blocked = dict.fromkeys({'sklearn', *extras} - {'tqdm'})  # huggingface_hub needs tqdm, too
+    (installed / 'sitecustomize.py').write_text(f'import sys\nsys.modules.update({blocked})\n')
+    environ = dict(os.environ, PYTHONPATH=str(installed))
+
+    def command(*args, code=0):
+        result = subprocess.run(
+            [sys.executable, '-m', 'timm_smpconv', *args], cwd=work, env=environ, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        return result.stdout.strip() if code == 0 else result.stderr.strip()
+
+    assert command('--version') == VERSION
+    assert command('recipe').splitlines() == sorted(path.stem for path in (PACKAGE / 'recipes').glob('*.yaml'))
+    recipe = Path(command('recipe', 'smpconv_tiny'))
+    assert installed in recipe.parents and yaml.safe_load(recipe.read_text(encoding='utf-8'))['opt'] == 'smpadamw'
+    (work / 'script.py').write_text(
+        'import sys, timm, timm_smpconv\n'
+        'model = timm.create_model("smpconv_mobile31", num_classes=3)\n'
+        'print(timm_smpconv.__file__, type(model).__name__, *sys.argv[1:])\n')
+    path, *rest = command('run', 'script.py', 'an argument').split(maxsplit=2)
+    assert installed in Path(path).parents and rest == ['SMPConvNet', 'an argument']
+    assert 'it comes with the extra "demo"' in command('demo', code=1)
+    script = installed / 'bin' / 'timm-smpconv'
+    assert run(script, '--version', cwd=work, env=environ).strip() == VERSION
+
+
+def test_the_version_stands_in_one_place():
+    tree = ast.parse((PACKAGE / '__init__.py').read_text(encoding='utf-8'))
+    assigned = [
+        node.value.value for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == '__version__']
+    assert assigned == [VERSION]
+    assert not re.search(r'^version\s*=\s*"', (ROOT / 'pyproject.toml').read_text(encoding='utf-8'), re.MULTILINE)
+    released = re.findall(r'^## \[(\d[^]]*)\]', (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8'), re.MULTILINE)
+    assert released[0] == VERSION  # CONTRIBUTING.md, "Release": both are set in the same commit
