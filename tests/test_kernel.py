@@ -132,7 +132,7 @@ def test_the_gradient_outside_the_range_is_the_one_at_the_nearest_radius():
     inputs = [x.requires_grad_() for x in inputs]
     expected = torch.autograd.grad(kernel_loop(*inputs, (7, 7)), inputs, cotangent)
     for a, e in zip(actual, expected):
-        assert difference(a, e) < TOLERANCE[torch.float64]
+        assert difference(a, e) < 1e-9  # a radius of 1e-3 multiplies rounding errors by its inverse, squared
 
 
 @pytest.mark.parametrize('start', [-0.05, 1.1])

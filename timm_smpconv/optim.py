@@ -70,8 +70,8 @@ def add_point_rules(
     updated after it sees radii in range (the authors' loop averages before it clamps).
 
     The rules are step hooks, which torch drops from a deep copy or pickle of the optimizer: call this function again
-    on the copy. The optimizers of this module do that themselves. The groups of a state dict that was saved without
-    the rules keep the rates they were saved with.
+    on the copy. The optimizers of this module do that themselves. A state dict saved without the rules, as by version
+    0.1.0, brings its own rates: then radii are clamped, but their rate is not scaled again.
 
     Args:
         optimizer: Any optimizer with parameter groups. Of timm's Lookahead and accelerate's wrapper, the wrapped one.
@@ -157,6 +157,7 @@ def _register_hooks(optimizer: Optimizer) -> None:
         return  # has them
     optimizer.register_step_pre_hook(_scale_rates)
     optimizer.register_step_post_hook(_restore_rates_and_clamp)
+    optimizer.register_load_state_dict_post_hook(_mark_loaded_groups)
     # Through a proxy, as an optimizer that refers to itself would outlive its last user.
     vars(optimizer)['add_param_group'] = partial(_add_param_group, proxy(optimizer))
 
@@ -164,6 +165,10 @@ def _register_hooks(optimizer: Optimizer) -> None:
 def _add_param_group(optimizer: Optimizer, param_group: Dict[str, Any]) -> None:
     for part in _split([param_group], optimizer.defaults['radius_lr_scale']):
         optimizer.__class__.add_param_group(optimizer, part)
+
+
+def _mark_loaded_groups(optimizer: Optimizer) -> None:
+    optimizer.param_groups[:] = _split(optimizer.param_groups, radius_lr_scale=1.)
 
 
 def _radius_groups(optimizer: Optimizer) -> List[Dict[str, Any]]:
