@@ -168,6 +168,7 @@ def test_fsdp_in_two_processes_is_one_process(make, tmp_path):
     torch.multiprocessing.spawn(fsdp_process, (str(tmp_path), make), nprocs=2)
 
 
+@pytest.mark.filterwarnings('ignore:.isinstance.treespec, LeafSpec:FutureWarning')  # of Lightning 2.6 and torch 2.14
 @pytest.mark.parametrize('make', [smpadamw, adamw_with_rules])
 def test_lightning(make, tmp_path):
     lightning = pytest.importorskip('lightning')

@@ -103,7 +103,7 @@ FORMS = {
     'TorchScript': torch.jit.script,
     'traced': lambda k: torch.jit.trace(k, ()),
     'exported': lambda k: torch.export.export(k, ()).module(),
-    'compiled': lambda k: torch.compile(k, backend='aot_eager', fullgraph=True),
+    'compiled': lambda k: torch.compile(k, backend='eager', fullgraph=True),
     'an FX graph': torch.fx.symbolic_trace,
 }
 
@@ -339,7 +339,7 @@ HOLDERS = {
     'a layer': lambda: SMPConv2d(2, 2, 7, points=9),
     'Sequential': lambda: nn.Sequential(nn.Conv2d(2, 2, 1), SMPConv2d(2, 2, 7, points=9)),
     'DataParallel': lambda: nn.DataParallel(SMPConv2d(2, 2, 7, points=9)),
-    'compiled': lambda: torch.compile(SMPConv2d(2, 2, 7, points=9)),
+    'compiled': lambda: torch.compile(SMPConv2d(2, 2, 7, points=9), backend='eager'),
     'a larger model': Larger,
 }
 
@@ -405,7 +405,7 @@ def test_kernels_are_listed_while_other_threads_build_models():
 
     def read():
         try:
-            for _ in range(3000):
+            for _ in range(1000):
                 assert kept in live_kernels()
         except Exception as error:
             failures.append(error)
