@@ -175,7 +175,7 @@ def test_a_batchnorm_without_statistics_cannot_merge():
         "padding must be numbers, 'valid' or, at stride 1, 'same', got 'full'"),
     (lambda: SMPConv2d(4, 4, 5, stride=2, padding='same'), 'padding must be'),
     (lambda: SMPConv2d(4, 4, 5, points=0), 'points must be at least 1, got 0'),
-    (lambda: SMPConv2d(4, 4, 5, radius=-0.1), 'radius must be positive, got -0.1'),
+    (lambda: SMPConv2d(4, 4, 5, radius=-0.1), r'radius must be in radius_range \(0.001, 1.0\), got -0.1'),
     (lambda: RepSMPConv2d(4, 5, small_kernel=7), r'small_kernel must not be larger than kernel_size = \(5, 5\), got'),
     (lambda: RepSMPConv2d(4, 5, small_kernel=2), 'small_kernel must be odd and positive'),
 ])

@@ -6,8 +6,10 @@ Coordinates live in [-1, 1].
 Source: Kim and Park, "SMPConv: Self-moving Point Representations for Continuous Convolution", CVPR 2023,
 https://arxiv.org/abs/2304.02330, and the authors' `smp_imagenet/models/SMPConv.py` and `smp/ckconv/nn/ck/smpkernel.py`.
 """
-from typing import Iterator, List, Optional, Sequence, Tuple
-from weakref import WeakSet
+import math
+import operator
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn as nn
@@ -21,6 +23,10 @@ def grid(size: int, device: Optional[torch.device] = None, dtype: Optional[torch
 
     Returns:
         (K,)
+
+    Example:
+        >>> grid(5)
+        tensor([-1.0000, -0.5000,  0.0000,  0.5000,  1.0000])
     """
     if size == 1:
         return torch.zeros([1], device=device, dtype=dtype)
@@ -34,7 +40,7 @@ def _render(
         size: List[int],
         average: bool,
 ) -> torch.Tensor:
-    """`render_kernel` for inputs in its working precision, to be run outside autocast."""
+    """`render_kernel` for inputs in its working precision, outside autocast."""
     reach = radius.unsqueeze(-1)  # (G, P, 1)
     x = (coords[..., 0].unsqueeze(-1) - grid(size[-1], coords.device, coords.dtype)).abs()  # (G, P, K), to the right
     if len(size) == 2:
@@ -45,7 +51,7 @@ def _render(
     if average:
         basis = basis / ((basis > 0).sum(1, keepdim=True) + 1e-6)
     kernel = torch.matmul(weight, basis.flatten(2))  # (G, C, prod(size))
-    return kernel.reshape([weight.shape[0], weight.shape[1]] + size)
+    return kernel.reshape(list(weight.shape[:2]) + size)  # (G, C, *size)
 
 
 @torch.fx.wrap
@@ -56,11 +62,11 @@ def _render_in_float(
         size: List[int],
         average: bool,
 ) -> torch.Tensor:
-    """`render_kernel` without its checks: what modules call in every forward, one node in an FX graph."""
+    """`render_kernel` without its checks, for the forward pass of modules; one node in an FX graph."""
     dtype = torch.float32
     if coords.dtype == torch.float64 or radius.dtype == torch.float64 or weight.dtype == torch.float64:
         dtype = torch.float64
-    if torch.jit.is_scripting():  # TorchScript cannot leave autocast, which does not touch float64
+    if torch.jit.is_scripting():  # TorchScript cannot leave autocast, which ignores float64
         kernel = _render(coords.double(), radius.double(), weight.double(), size, average)
         return kernel.to(dtype)
     coords, radius, weight = coords.to(dtype), radius.to(dtype), weight.to(dtype)
@@ -71,10 +77,10 @@ def _render_in_float(
     return _render(coords, radius, weight, size, average)
 
 
-@torch.fx.wrap
-def _project(radius: torch.Tensor, low: float, high: float) -> None:
-    """Clamp in place. Through `data`, as another forward may have saved the radius: between updates nothing changes."""
-    radius.data.clamp_(low, high)
+def _nearest_in_range(radius: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """The nearest radius in [low, high], with the gradient of the identity: a clamp would trap a radius outside."""
+    value = radius.detach()
+    return value.clamp(low, high) + (radius - value)
 
 
 def render_kernel(
@@ -95,17 +101,26 @@ def render_kernel(
 
     Args:
         coords: Positions of the points, (G, P, D), in [-1, 1].
-        radius: Reach of the points in the same unit, (G, P), positive.
+        radius: Reach of the points in the same unit, (G, P), positive. This function has no range of its own:
+            `SMPKernel` passes the nearest radius in its `radius_range`.
         weight: Height of the points in every channel, (G, C, P).
         size: Number of samples of every axis, (K,) or (K rows, K columns).
         average: Divide each entry by the number of points that reach it plus 1e-6, as the CIFAR and sequence networks
             do; the ImageNet networks do not.
 
     Returns:
-        (G, C, *size), computed and returned in float32, or in float64 where an input is float64, under autocast too.
+        (G, C, *size), computed and returned in float32, or in float64 if an input is float64, also under autocast.
 
     Raises:
-        ValueError: A shape, a size or a radius breaks the rules above.
+        ValueError: A shape, a dtype, a size or a radius breaks the rules above.
+
+    Example:
+        One point in the middle of a 3×3 kernel reaches its four neighbours:
+
+        >>> render_kernel(torch.zeros(1, 1, 2), torch.full((1, 1), 2.), torch.ones(1, 1, 1), (3, 3))
+        tensor([[[[0.0000, 0.5000, 0.0000],
+                  [0.5000, 1.0000, 0.5000],
+                  [0.0000, 0.5000, 0.0000]]]])
     """
     size = _check_size(size)
     if coords.ndim != 3 or coords.shape[-1] != len(size):
@@ -119,37 +134,83 @@ def render_kernel(
         raise ValueError(
             f'weight must be (G, C, P) with G, P = {tuple(coords.shape[:2])} as coords, '
             f'got shape {tuple(weight.shape)}')
-    # The value itself cannot be looked at while a graph is captured.
+    for name, value in (('coords', coords), ('radius', radius), ('weight', weight)):
+        if not value.is_floating_point():
+            raise ValueError(f'{name} must be floating-point, got {value.dtype}')
+    # Values are unknown while a graph is captured.
     if not torch.compiler.is_compiling() and radius.device.type != 'meta' and not bool((radius > 0).all()):
         raise ValueError(f'radius must be positive everywhere, got a minimum of {radius.detach().min().item()}')
     return _render_in_float(coords, radius, weight, size, average)
 
 
 def _check_size(size: Sequence[int]) -> List[int]:
-    if isinstance(size, int) or len(size) not in (1, 2) or min(size) < 1:
+    try:
+        checked = [operator.index(s) for s in size]
+    except TypeError:
+        checked = []
+    if len(checked) not in (1, 2) or min(checked) < 1:
         raise ValueError(f'size must be one or two positive integers, (K,) or (K, K), got {size!r}')
-    return [int(s) for s in size]
+    return checked
 
 
-# Optimizers find the radii here: a parameter itself keeps no mark through deep copies and
-# `load_state_dict(assign=True)`.
-_kernels: 'WeakSet[SMPKernel]' = WeakSet()
+def check_points(name: str, tensor: torch.Tensor) -> None:
+    """Check the `coords` or `radius` of a state dict.
+
+    A tensor on the meta device passes. Each process checks its own shard of a `DTensor`, without communication.
+
+    Args:
+        name: What the error calls the tensor.
+        tensor: Any shape.
+
+    Raises:
+        ValueError: The tensor is not dense or not floating-point, or holds NaN or infinity.
+
+    Example:
+        >>> check_points('kernel.radius', torch.tensor([[-1., 2.]]))
+        >>> check_points('kernel.radius', torch.tensor([[0.5, float('nan')]]))
+        Traceback (most recent call last):
+        ValueError: kernel.radius must be finite everywhere, got nan
+    """
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise ValueError(f'{name} must be a dense floating-point tensor, got {tensor.dtype}, {tensor.layout}')
+    if tensor.is_meta:
+        return
+    value = tensor.detach()
+    if hasattr(value, 'to_local'):
+        value = value.to_local()
+    if value.dtype.itemsize == 1:
+        value = value.float()  # `isfinite` does not support every 8-bit dtype
+    wrong = value[~value.isfinite()]
+    if wrong.numel():
+        raise ValueError(f'{name} must be finite everywhere, got {wrong[0].item()}')
 
 
-def live_kernels() -> Iterator['SMPKernel']:
-    """All `SMPKernel` modules there are at this moment."""
-    return iter(list(_kernels))
+# Where optimizers that are given bare parameters look for points: attributes of a parameter are lost in deep copies, in
+# `load_state_dict(assign=True)` and in `fully_shard`.
+_kernels: 'WeakValueDictionary[int, SMPKernel]' = WeakValueDictionary()
+
+
+def live_kernels() -> List['SMPKernel']:
+    """All `SMPKernel` modules that exist at this moment.
+
+    Safe while another thread builds or drops modules: `valuerefs` copies in one step, where iterating over a weak set
+    or dictionary fails if its size changes.
+    """
+    return [kernel for kernel in (ref() for ref in _kernels.valuerefs()) if kernel is not None]
 
 
 class SMPKernel(nn.Module):
-    """Points that are rendered to a convolution kernel, with the start values of the paper.
+    """Points that are rendered to a convolution kernel, with the initial values of the paper.
 
-    Positions and radii stay float32 in a half precision model (`.half()`, `.to(torch.bfloat16)`, `dtype=`): eight bits
-    cannot tell two neighbouring samples of a 51-wide kernel apart from the point between them.
+    Rendering is a pure function in every mode. A radius outside `radius_range` is rendered as the nearest one inside,
+    and its gradient is the one at that radius. The optimizer moves such a radius back into the range after each step:
+    `SMPAdamW` and `SMPAdam`, or any other after `timm_smpconv.optim.add_point_rules`.
 
-    The radii stay in `RADIUS_RANGE`: every forward in training mode first puts them back, and so does `eval()` after
-    training. An optimizer step, an average of the weights (which sees what the step left) and the projection thus
-    follow each other as in the authors' loop. A copy, such as an average, is left as it is until it is trained itself.
+    Positions and radii stay at least float32 in a model of lower precision (`.half()`, `.to(torch.bfloat16)`,
+    `dtype=`): eight bits cannot tell two neighbouring samples of a 51-wide kernel apart from the point between them.
+
+    Loading a state dict with NaN or infinity in `coords` or `radius` fails and leaves this kernel unchanged. Radii
+    outside the range load.
 
     Args:
         channels: Channels C that share the points of a group.
@@ -157,17 +218,28 @@ class SMPKernel(nn.Module):
         points: Points P of a group.
         groups: Groups G, each with points of its own.
         average: See `render_kernel`.
-        radius: Start value of all radii, positive; by default (2 / K) * D (appendix, 1.1) with the smallest K above 1,
-            and at most 1. From K = 3 on a point lies in reach of a sample wherever it starts.
-        coords_std: Standard deviation of the truncated normal in [-1, 1] from which positions start; the paper takes
+        radius: Initial value of all radii, in radius_range; by default (2 / K) * D (appendix, 1.1) with the smallest K
+            above 1, or the nearest value in radius_range. From K = 3 on, a point reaches a sample wherever it starts.
+        coords_std: Standard deviation of the truncated normal in [-1, 1] from which positions are drawn; the paper uses
             0.2 for ImageNet and 0.05 for CIFAR-10.
+        radius_range: Smallest and largest radius. The authors use (1e-3, 1) for ImageNet
+            (`smp_imagenet/models/SMPConv.py`) and (1e-4, 1) for CIFAR-10 and sequences
+            (`smp/ckconv/nn/ck/smpkernel.py`).
 
     Attributes:
         coords: (G, P, D).
         radius: (G, P).
         weight: (G, C, P).
+
+    Raises:
+        ValueError: An argument breaks the rules above.
+
+    Example:
+        >>> kernel = SMPKernel(channels=8, size=(31, 31), points=240)
+        >>> kernel().shape
+        torch.Size([1, 8, 31, 31])
     """
-    RADIUS_RANGE: Tuple[float, float] = (1e-3, 1.)  # the authors' limits, smp_imagenet/models/SMPConv.py:radius_clip
+    radius_range: Tuple[float, float]
 
     def __init__(
             self,
@@ -178,6 +250,7 @@ class SMPKernel(nn.Module):
             average: bool = False,
             radius: Optional[float] = None,
             coords_std: float = 0.2,
+            radius_range: Tuple[float, float] = (1e-3, 1.),
             device=None,
             dtype=None,
     ):
@@ -186,74 +259,66 @@ class SMPKernel(nn.Module):
         for name, value in (('channels', channels), ('points', points), ('groups', groups)):
             if value < 1:
                 raise ValueError(f'{name} must be at least 1, got {value}')
-        if radius is not None and not radius > 0:
-            raise ValueError(f'radius must be positive, got {radius}')
-        if not coords_std > 0:
-            raise ValueError(f'coords_std must be positive, got {coords_std}')
-        dimensions = len(self.size)
+        low, high = radius_range
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f'radius_range must be two finite numbers, 0 < low <= high, got {radius_range}')
         if radius is None:
-            radius = min(1., 2 * dimensions / min((k for k in self.size if k > 1), default=1))
+            radius = 2 * len(self.size) / min((k for k in self.size if k > 1), default=1)
+            radius = min(max(radius, low), high)
+        if not low <= radius <= high:
+            raise ValueError(f'radius must be in radius_range {radius_range}, got {radius}')
+        if not 0 < coords_std < math.inf:
+            raise ValueError(f'coords_std must be positive and finite, got {coords_std}')
         self.average = average
-        self._trained = False
         self.init_radius = radius
         self.coords_std = coords_std
+        self.radius_range = (low, high)
 
         position_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        self.coords = nn.Parameter(torch.empty(groups, points, dimensions, device=device, dtype=position_dtype))
+        self.coords = nn.Parameter(torch.empty(groups, points, len(self.size), device=device, dtype=position_dtype))
         self.radius = nn.Parameter(torch.empty(groups, points, device=device, dtype=position_dtype))
         self.weight = nn.Parameter(torch.empty(groups, channels, points, device=device, dtype=dtype))
         self.reset_parameters()
-        _kernels.add(self)
+        _kernels[id(self)] = self
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._trained = False
-        _kernels.add(self)
+        _kernels[id(self)] = self
 
     def reset_parameters(self) -> None:
-        """Set the parameters to their start values."""
+        """Set the parameters to their initial values."""
         nn.init.trunc_normal_(self.coords, std=self.coords_std, a=-1., b=1.)
         nn.init.constant_(self.radius, self.init_radius)
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    @torch.no_grad()
-    def clip_radius_(self) -> None:
-        """Put the radii back into `RADIUS_RANGE`, in place, as training does by itself."""
-        self.radius.clamp_(*self.RADIUS_RANGE)
-
     def forward(self) -> torch.Tensor:
-        """Render the kernel, (G, C, *size), in float32 at least."""
-        if self.training and not torch.jit.is_scripting():
-            self._follow_training()
-        return _render_in_float(self.coords, self.radius, self.weight, self.size, self.average)
+        """Render the kernel, (G, C, *size), at least in float32."""
+        radius = _nearest_in_range(self.radius, self.radius_range[0], self.radius_range[1])
+        return _render_in_float(self.coords, radius, self.weight, self.size, self.average)
 
-    def train(self, mode: bool = True):
-        if self._trained and self.training and not mode:
-            self.clip_radius_()
-        return super().train(mode)
-
-    @torch.jit.unused
-    def _follow_training(self) -> None:
-        if torch.jit.is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()):
-            return  # a graph that leaves PyTorch changes no parameter
-        if not self._trained:
-            self._trained = True
-        _project(self.radius, *self.RADIUS_RANGE)
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        try:
+            for name in ('coords', 'radius'):
+                value = state_dict.get(prefix + name)
+                if isinstance(value, torch.Tensor):
+                    check_points(prefix + name, value)
+        except ValueError as error:
+            error_msgs = args[-1]
+            error_msgs.append(str(error))
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse=True):
-        half = (torch.float16, torch.bfloat16)
-        before = {}
-        for name in ('coords', 'radius'):
-            param = getattr(self, name)
-            before[name] = (param.detach(), None if param.grad is None else param.grad.detach())
-        super()._apply(fn, recurse)
-        for name, (value, grad) in before.items():
-            param = getattr(self, name)
-            if param.dtype in half and value.dtype not in half:
-                param.grad = None
-                param.data = value.to(param.device)
-                param.grad = None if grad is None else grad.to(param.device)
-        return self
+        """Apply a change of device or precision, but keep positions and radii at least in float32."""
+        weight = (self.weight, self.weight.grad)
+
+        def apply(tensor):
+            out = fn(tensor)
+            if out.dtype.itemsize < 4 and not any(tensor is w for w in weight):
+                return tensor.to(out.device, torch.float32)
+            return out
+
+        return super()._apply(apply, recurse)
 
     def extra_repr(self) -> str:
         groups, channels, points = self.weight.shape

@@ -1,0 +1,235 @@
+"""FSDP2 in two processes, Lightning and accelerate, against the same updates in one process, in a plain loop."""
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from timm_smpconv import SMPAdamW, SMPConv2d
+from timm_smpconv.optim import add_point_rules
+
+pytestmark = pytest.mark.slow  # other programs, and processes that import everything anew
+
+LR, UPDATES = 2e-2, 3
+FULL = StateDictOptions(full_state_dict=True)
+
+
+class Net(nn.Module):
+    """Two SMP convolutions and a linear layer, with radii near both limits."""
+
+    def __init__(self, seed=3):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = SMPConv2d(3, 3, 7, padding=3, points=9)
+        self.second = SMPConv2d(3, 3, 5, padding=2, points=9)
+        self.fc = nn.Linear(3, 4)
+        for conv in (self.first, self.second):
+            with torch.no_grad():
+                radii = [[1e-3, 1.2e-3, 0.999, 1.0, 0.4, 0.3, 2e-3, 0.9995, 0.5]]
+                conv.kernel.radius.copy_(torch.tensor(radii))
+                # Next to samples, so that the smallest radii reach one and move.
+                half = conv.kernel_size[0] // 2
+                conv.kernel.coords.copy_((conv.kernel.coords * half).round() / half + 1e-4)
+        self.double()
+
+    def forward(self, x):
+        return self.fc(self.second(torch.sin(self.first(x))).square().mean((2, 3)))
+
+
+def batch(update):
+    generator = torch.Generator().manual_seed(update)
+    x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 4, (4,), generator=generator)
+
+
+def update_once(net, optimizer, update, share=slice(None)):
+    x, y = batch(update)
+    optimizer.zero_grad()
+    F.cross_entropy(net(x[share]), y[share]).backward()
+    optimizer.step()
+
+
+def smpadamw(net):
+    return SMPAdamW(net.parameters(), lr=LR)
+
+
+def adamw_with_rules(net):
+    return add_point_rules(torch.optim.AdamW(net.parameters(), lr=LR), net)
+
+
+def expected_after(updates):
+    """Parameters after updates in one process, and how many updates moved a radius out of its range.
+
+    One optimizer holds the radii, at their rate and clamped by hand, another the rest.
+    """
+    net = Net()
+    radii = [net.first.kernel.radius, net.second.kernel.radius]
+    decays = [p for n, p in net.named_parameters() if not n.endswith(('radius', 'coords'))]
+    coords = [net.first.kernel.coords, net.second.kernel.coords]
+    optimizer = torch.optim.AdamW([
+        {'params': decays}, {'params': coords, 'weight_decay': 0.},
+        {'params': radii, 'weight_decay': 0., 'lr': 0.1 * LR}], lr=LR)
+    clamped = 0
+    for update in range(updates):
+        update_once(net, optimizer, update)
+        clamped += any(((r < 1e-3) | (r > 1)).any().item() for r in radii)
+        with torch.no_grad():
+            for radius in radii:
+                radius.clamp_(1e-3, 1)
+    return {n: p.detach() for n, p in net.named_parameters()}, clamped
+
+
+def check(params, expected):
+    assert set(params) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(params[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f'{name}: {m}')
+
+
+def gathered(net):
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in net.named_parameters()}
+
+
+def sharded(seed=3):
+    net = Net(seed)
+    for part in (net.first, net.second):
+        fully_shard(part)
+    return fully_shard(net)
+
+
+def check_in_range(net):
+    for conv in (net.first, net.second):
+        radius = conv.kernel.radius
+        assert isinstance(radius, DTensor)
+        local = radius.to_local()
+        assert ((local >= 1e-3) & (local <= 1)).all()
+
+
+def fsdp_process(rank, folder, make):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    share = slice(2 * rank, 2 * rank + 2)
+    net = sharded()
+    optimizer = make(net)
+    for update in range(UPDATES):
+        update_once(net, optimizer, update, share)
+        check_in_range(net)
+    expected, clamped = expected_after(UPDATES)
+    assert clamped == UPDATES
+    check(gathered(net), expected)
+
+    # Full and sharded state dicts, in memory and on disk, go on as if never interrupted.
+    expected, _ = expected_after(UPDATES + 1)
+    full = copy.deepcopy(get_state_dict(net, optimizer, options=FULL))
+    memory = copy.deepcopy(get_state_dict(net, optimizer))
+    dcp.save(dict(zip(('model', 'optimizer'), get_state_dict(net, optimizer))), checkpoint_id=f'{folder}/saved')
+    for kind in ('full', 'sharded', 'on disk'):
+        net = sharded(seed=0)
+        optimizer = make(net)
+        if kind == 'on disk':
+            model_state, optimizer_state = get_state_dict(net, optimizer)
+            dcp.load({'model': model_state, 'optimizer': optimizer_state}, checkpoint_id=f'{folder}/saved')
+            set_state_dict(net, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        else:
+            model_state, optimizer_state = copy.deepcopy(full if kind == 'full' else memory)
+            options = FULL if kind == 'full' else None
+            set_state_dict(
+                net, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=options)
+        update_once(net, optimizer, UPDATES, share)
+        check_in_range(net)
+        check(gathered(net), expected)
+
+    # `load_state_dict` of sharded tensors: radii outside the range load, NaN is refused where it is.
+    plain = Net(seed=0)
+    plain.load_state_dict(full[0])
+    check(dict(plain.named_parameters()), expected_after(UPDATES)[0])
+    state = copy.deepcopy(net.state_dict())
+    local = state['first.kernel.radius'].to_local()
+    local.fill_(-1.)
+    net.load_state_dict(state)
+    assert (net.first.kernel.radius.to_local() == -1).all()
+    local.fill_(float('nan'))
+    if local.numel():
+        with pytest.raises(RuntimeError, match=r'first.kernel.radius must be finite everywhere, got nan'):
+            net.load_state_dict(state)
+    else:
+        net.load_state_dict(state)
+    assert (net.first.kernel.radius.to_local() == -1).all()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('make', [smpadamw, adamw_with_rules])
+def test_fsdp_in_two_processes_is_one_process(make, tmp_path):
+    torch.multiprocessing.spawn(fsdp_process, (str(tmp_path), make), nprocs=2)
+
+
+@pytest.mark.filterwarnings('ignore:.isinstance.treespec, LeafSpec:FutureWarning')  # of Lightning 2.6 and torch 2.14
+@pytest.mark.parametrize('make', [smpadamw, adamw_with_rules])
+def test_lightning(make, tmp_path):
+    lightning = pytest.importorskip('lightning')
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, item, index):
+            x, y = item
+            return F.cross_entropy(self.net(x), y)
+
+        def configure_optimizers(self):
+            optimizer = make(self.net)
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.)]
+
+    def fit(module, updates, ckpt_path=None):
+        trainer = lightning.Trainer(
+            max_steps=updates, accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, enable_checkpointing=False)
+        data = torch.utils.data.DataLoader([batch(u) for u in range(updates)], batch_size=None)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return trainer
+
+    module = Module()
+    trainer = fit(module, 2)
+    expected, clamped = expected_after(2)
+    assert clamped
+    check(dict(module.net.named_parameters()), expected)
+    trainer.save_checkpoint(tmp_path / 'last.ckpt')
+    again = Module()
+    saved = torch.load(tmp_path / 'last.ckpt', weights_only=True)
+    again.load_state_dict(saved['state_dict'])
+    check(dict(again.net.named_parameters()), expected)
+    optimizer = make(again.net)
+    optimizer.load_state_dict(saved['optimizer_states'][0])
+    update_once(again.net, optimizer, 2)
+    check(dict(again.net.named_parameters()), expected_after(3)[0])
+
+
+@pytest.mark.parametrize('order', ['before', 'behind'])
+def test_accelerate(order, tmp_path):
+    accelerate = pytest.importorskip('accelerate')
+    accelerator = accelerate.Accelerator(cpu=True)
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    if order == 'before':
+        add_point_rules(optimizer)
+    net, optimizer = accelerator.prepare(net, optimizer)
+    if order == 'behind':
+        add_point_rules(optimizer)
+    for update in range(3):
+        if update == 2:  # saved, moved on, and restored
+            accelerator.save_state(str(tmp_path / 'state'))
+            update_once(net, optimizer, 7)
+            accelerator.load_state(str(tmp_path / 'state'))
+        x, y = batch(update)
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(net(x), y))
+        optimizer.step()
+    expected, clamped = expected_after(3)
+    assert clamped
+    check(dict(accelerator.unwrap_model(net).named_parameters()), expected)
