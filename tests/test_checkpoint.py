@@ -134,7 +134,7 @@ def test_weights_of_one_kind():
     assert select_weights({'model': weight, 'ema': ema}, 'model') == (weight, 'model')
     assert select_weights({'model': weight, 'ema': ema}) == (ema, 'ema')
     assert select_weights(weight) == (weight, 'model')
-    with pytest.raises(CheckpointError, match="weights must be 'model' for a checkpoint without state_dict_ema or mode"):
+    with pytest.raises(CheckpointError, match="weights must be 'model' for a checkpoint without state_dict_ema"):
         select_weights({'model': weight}, 'ema')
 
 
@@ -334,13 +334,13 @@ def test_a_file_that_is_cut_anywhere_is_named(legacy, tmp_path):
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize('damage', [b'\x10', b'\x80', b'\xff\xff\xff'])
-def test_a_file_that_is_damaged_anywhere_is_refused_or_read_correctly(damage, tmp_path):
+@pytest.mark.parametrize('damage,step', [(b'\x10', 2), (b'\xff\xff\xff', 3)])
+def test_a_file_that_is_damaged_anywhere_is_refused_or_read_correctly(damage, step, tmp_path):
     path = tmp_path / 'damaged.pth'
     torch.save(CONTENT, path)
     data = path.read_bytes()
-    refused = 0
-    for position in range(0, len(data), 2):
+    messages = []
+    for position in range(0, len(data), step):
         spoilt = bytearray(data)
         for i, bits in enumerate(damage[:len(data) - position]):
             spoilt[position + i] ^= bits
@@ -348,9 +348,9 @@ def test_a_file_that_is_damaged_anywhere_is_refused_or_read_correctly(damage, tm
         try:
             assert content_is(read_checkpoint(str(path))), position
         except CheckpointError as error:
-            assert str(path) in str(error)
-            refused += 1
-    assert refused > len(data) / 2 / 4  # the rest is padding, or is not read
+            messages.append(str(error))
+    assert len(messages) > len(data) / step / 4  # the rest is padding, or is not read
+    assert all(str(path) in message for message in messages)
 
 
 def flipped(path, value):
@@ -436,30 +436,33 @@ def spoilt(state, end, change):
     return dict(state, **{key: change(state[key])}), key
 
 
-@pytest.fixture(params=['net', 'features_only', 'copy of features_only', 'data parallel', 'within'])
-def holder(request, model):
-    if request.param == 'net':
-        return model
-    if request.param == 'data parallel':
-        return torch.nn.DataParallel(model)
-    if request.param == 'within':
-        return torch.nn.Sequential(model, torch.nn.Linear(10, 2))
-    features = small_model(features_only=True)
-    return copy.deepcopy(features) if request.param.startswith('copy') else features
+HOLDERS = {
+    'net': small_model,
+    'features_only': lambda: small_model(features_only=True),
+    'copy of features_only': lambda: copy.deepcopy(small_model(features_only=True)),
+    'data parallel': lambda: torch.nn.DataParallel(small_model()),
+    'within': lambda: torch.nn.Sequential(small_model(), torch.nn.Linear(10, 2)),
+}
+
+
+@pytest.fixture(scope='module', params=HOLDERS)
+def holder(request):
+    """A model, or what holds one."""
+    return HOLDERS[request.param]()
 
 
 @pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors', 'ignore:torch.quantize_per_tensor')
-@pytest.mark.parametrize('strict', [True, False])
 @pytest.mark.parametrize('kind', BAD_VALUES)
-def test_nothing_is_loaded_from_a_state_dict_with_a_bad_value(kind, strict, holder):
+def test_nothing_is_loaded_from_a_state_dict_with_a_bad_value(kind, holder):
     change, message = BAD_VALUES[kind]
     before = copy.deepcopy(holder.state_dict())
     for end in 'kernel.weight', 'kernel.radius', 'bn.running_var':
         state, key = spoilt(before, end, change)
-        with pytest.raises(CheckpointError, match=message) as caught:
-            holder.load_state_dict(state, strict=strict)
-        assert key.removeprefix('module.').removeprefix('0.') in str(caught.value)
-        assert same(holder.state_dict(), before)
+        for strict in True, False:
+            with pytest.raises(CheckpointError, match=message) as caught:
+                holder.load_state_dict(state, strict=strict)
+            assert key.removeprefix('module.').removeprefix('0.') in str(caught.value)
+            assert same(holder.state_dict(), before)
 
 
 @pytest.mark.parametrize('strict', [True, False])
@@ -467,15 +470,19 @@ def test_points_that_are_not_finite_are_never_loaded(strict, holder):
     before = copy.deepcopy(holder.state_dict())
     for end in 'kernel.radius', 'kernel.coords':
         for number in float('nan'), float('inf'), -float('inf'):
-            state, key = spoilt(before, end, lambda v, number=number: torch.where(v == v.flatten()[-1], number, v))
+            state, _ = spoilt(before, end, lambda v, number=number: torch.where(v == v.flatten()[-1], number, v))
             with pytest.raises(CheckpointError, match='must be finite everywhere, got'):
                 holder.load_state_dict(state, strict=strict)
             assert same(holder.state_dict(), before)
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_points_out_of_range_are_loaded(strict, holder):
+    for end in 'kernel.radius', 'kernel.coords':
         for number in 0., -1., 5.:
-            state, key = spoilt(before, end, lambda v, number=number: torch.full_like(v, number))
+            state, _ = spoilt(holder.state_dict(), end, lambda v, number=number: torch.full_like(v, number))
             holder.load_state_dict(state, strict=strict)
             assert same(holder.state_dict(), state)
-            before = copy.deepcopy(state)
 
 
 @pytest.mark.parametrize('change', [
