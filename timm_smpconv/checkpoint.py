@@ -1,7 +1,9 @@
-"""Checkpoints: reading a file, the authors' layout turned into ours, and plain words when one does not fit a model."""
+"""Checkpoints: read a file, translate the authors' layout into ours, and refuse what does not fit a model."""
 import argparse
 import re
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+import zipfile
+from pathlib import Path
+from typing import Any, Container, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -9,10 +11,11 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
 __all__ = [
-    'CheckpointError', 'check_fit', 'checkpoint_filter_fn', 'read_checkpoint', 'say_merge_mismatch', 'select_weights']
+    'CheckedLoading', 'CheckpointError', 'check_archive', 'check_before_loading', 'checkpoint_filter_fn',
+    'count_classes', 'read_checkpoint', 'select_weights']
 
-# Where training scripts keep the two kinds of weights, timm's among them.
-_WRAPPERS = {'ema': ('state_dict_ema', 'model_ema'), 'model': ('state_dict', 'model')}
+# Where training scripts, timm's among them, keep the two kinds of weights.
+_WRAPPERS = {'ema': ('state_dict_ema', 'model_ema', 'ema'), 'model': ('state_dict', 'model')}
 
 # Keys of the authors' ImageNet code (smp_imagenet/models/SMPConv.py), applied in order; `None` drops the entry.
 _RENAMES = (
@@ -28,108 +31,214 @@ _RENAMES = (
     (r'^head\.(weight|bias)$', r'head.fc.\1'),
 )
 _CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
-_ADAPTED = ('stem.0.conv.weight', *_CLASSIFIER)  # timm fits these to other in_chans and num_classes after the filter
+_ADAPTED = ('stem.0.conv.weight', *_CLASSIFIER)  # timm adapts these to in_chans and num_classes after the filter
+_POSITIONS = re.compile(r'(^|\.)kernel\.(coords|radius)$')
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
-def read_checkpoint(path: str) -> Mapping[str, Any]:
+class CheckedLoading(nn.Module):
+    """Base class of models that `load_state_dict` leaves unchanged when it raises.
+
+    A model inside a larger module is checked before any of its own weights are loaded; modules in front of it are
+    loaded by then. PyTorch reports missing and unexpected keys only after it has loaded the others: they are found in
+    time only if `load_state_dict` is called on the model itself.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(check_before_loading)
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as `nn.Module.load_state_dict` does, but change nothing if `state_dict` does not fit.
+
+        Raises:
+            CheckpointError: Keys (if `strict`), shapes, dtypes or values do not fit this model.
+        """
+        if strict:
+            _check_keys(state_dict, self.state_dict())
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
     """Read a .pth, .pt, .pth.tar or .safetensors file without running code from it.
 
+    Checksums of the file are verified where its format has them (see `check_archive`).
+
     Returns:
-        What is in it: a state dict, or what a training script wrapped around one (see `select_weights`).
+        The content of the file: a state dict, or a dict that a training script wrapped around one (see
+        `select_weights`).
 
     Raises:
-        CheckpointError: There is no such file, or it is damaged, no checkpoint, or a pickle that holds code.
+        CheckpointError: The file does not exist, is damaged, is not a checkpoint, or is a pickle that holds code.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile(suffix='.pth') as file:
+        ...     torch.save({'state_dict': {'weight': torch.ones(2)}}, file.name)
+        ...     read_checkpoint(file.name)
+        {'state_dict': {'weight': tensor([1., 1.])}}
     """
+    check_archive(path)
     try:
         if str(path).endswith('.safetensors'):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data that training scripts save
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(checkpoint, Mapping):
-            raise TypeError(f'not a dict but {type(checkpoint).__name__}')
+            raise TypeError(f'a {type(checkpoint).__name__} instead of a dict')
         return checkpoint
+    except Exception as error:  # readers raise many types for a damaged file: struct.error, IndexError, KeyError, …
+        raise _unreadable(path, error) from error
+
+
+def check_archive(path: Union[str, Path]) -> None:
+    """Compare the records of a zip archive, as `torch.save` writes it, with their CRC-32 checksums.
+
+    `torch.load` does not compare them. The file is read once more, in pieces of 1 MiB, at about 1 GB/s if it is cached.
+    Other formats (.safetensors, `torch.save` before PyTorch 1.6) have no checksums, and neither have archives written
+    under `torch.serialization.set_crc32_options(False)`: they pass.
+
+    Raises:
+        CheckpointError: A record is damaged, or the file does not exist.
+    """
+    try:
+        with Path(path).open('rb') as file:
+            if file.read(4) != b'PK\3\4':  # by which torch.load tells the formats apart
+                return
+            with zipfile.ZipFile(file) as archive:
+                for record in archive.infolist():
+                    if record.file_size and record.external_attr & 0x10:  # PyTorch would leave its memory uninitialized
+                        raise zipfile.BadZipFile(f'File {record.filename!r} is marked as a directory')
+                    if record.CRC:  # 0 if it was not computed
+                        with archive.open(record) as stream:
+                            while stream.read(2 ** 20):
+                                pass
     except FileNotFoundError as error:
-        raise CheckpointError(f'file must be an existing checkpoint, got {str(path)!r}, where no file is') from error
-    except Exception as error:  # a damaged file breaks the readers in many ways: struct.error, IndexError, KeyError, …
-        raise CheckpointError(
-            f'file must hold weights alone (.pth, .pt, .pth.tar or .safetensors, whole, without pickled code), got '
-            f'{str(path)!r}, which cannot be read so; nothing in it was run: '
-            f'{type(error).__name__}: {error}') from error
+        raise CheckpointError(f'file must exist, got {str(path)!r}') from error
+    except Exception as error:  # a damaged archive: BadZipFile, zlib.error, NotImplementedError, …
+        raise _unreadable(path, error) from error
 
 
 def select_weights(checkpoint: Mapping[str, Any], weights: Optional[str] = None) -> Tuple[Mapping[str, Any], str]:
-    """The state dict that a training script saved, without leading `module.`, and whether it is its 'ema' or 'model'.
+    """Find the state dict in what a training script saved.
 
     Args:
-        checkpoint: What `read_checkpoint` returns; a bare state dict counts as 'model'.
-        weights: Which to take; EMA weights first if not said.
+        checkpoint: The result of `read_checkpoint`; a bare state dict counts as 'model'.
+        weights: 'ema' or 'model'; by default EMA weights if there are any.
+
+    Returns:
+        The state dict, without the prefixes `module.` and `_orig_mod.`, and which weights it has: 'ema' or 'model'.
 
     Raises:
-        CheckpointError: There are no EMA weights, which were asked for.
+        CheckpointError: EMA weights were asked for and there are none, or it is ambiguous which weights are meant.
+
+    Example:
+        >>> select_weights({'model': {'module.bias': torch.zeros(1)}, 'ema': {'bias': torch.ones(1)}})
+        ({'bias': tensor([1.])}, 'ema')
     """
     for kind in [weights] if weights else _WRAPPERS:
-        for wrapper in _WRAPPERS[kind]:
-            if isinstance(checkpoint.get(wrapper), Mapping) and checkpoint[wrapper]:
-                return clean_state_dict(checkpoint[wrapper]), kind
+        found = [wrapper for wrapper in _WRAPPERS[kind] if _holds_tensors(checkpoint.get(wrapper))]
+        if len(found) > 1:
+            raise CheckpointError(f'checkpoint must hold {kind} weights once, got {" and ".join(found)}')
+        if found:
+            return _clean(checkpoint[found[0]]), kind
     if weights == 'ema':
         raise CheckpointError(
             f"weights must be 'model' for a checkpoint without {' or '.join(_WRAPPERS['ema'])}, got 'ema'")
-    return clean_state_dict(checkpoint), 'model'
+    return _clean(checkpoint), 'model'
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Turn a checkpoint of the authors or of this package into a state dict for `model`.
 
-    Takes the state dict itself or the dict that a training script wraps around it (EMA weights are preferred), with or
-    without a leading `module.`. The classifier may be missing, extra or of another size: timm adapts it.
+    Takes a state dict, or the dict that a training script wraps around it (EMA weights are preferred), with or without
+    a leading `module.`. The classifier may be missing, superfluous or of another size: timm adapts it.
 
     Raises:
-        CheckpointError: Keys are missing or too many, a shape is wrong, a value is no tensor, a radius is not positive
-            and finite, or only one of checkpoint and model is merged.
+        CheckpointError: Keys are missing, superfluous or ambiguous; a shape, a dtype or a layout is wrong; positions or
+            radii are not finite; or only one of checkpoint and model is merged.
+
+    Example:
+        >>> from timm import create_model
+        >>> model = create_model('smpconv_mobile31', device='meta')
+        >>> checkpoint = {'state_dict': {f'module.{k}': v for k, v in model.state_dict().items()}}
+        >>> checkpoint_filter_fn(checkpoint, model).keys() == model.state_dict().keys()
+        True
     """
-    out = {}
+    out: Dict[str, Any] = {}
     for key, value in select_weights(state_dict)[0].items():
-        key = _rename(key)
-        if key is None:
+        renamed = _rename(key)
+        if renamed is None:
             continue
-        if key.endswith('.kernel.radius') and isinstance(value, torch.Tensor) and value.ndim == 4:
+        if renamed.endswith('.kernel.radius') and isinstance(value, torch.Tensor) and value.ndim == 4:
             value = value.flatten(1)  # (1, P, 1, 1) → (1, P)
-        if key in out:
-            raise CheckpointError(f'state_dict must hold every weight once, got {key} under two names')
-        out[key] = value
+        if renamed in out:
+            raise CheckpointError(f'state_dict must hold every weight once, got {renamed} under two names')
+        out[renamed] = value
     expected = model.state_dict()
     _check_keys(out, expected, ignore=_CLASSIFIER)
-    _check_values(out, {k: v for k, v in expected.items() if k not in _ADAPTED})
+    _check_values(out, expected, any_shape=_ADAPTED)
     return out
 
 
-def check_fit(state_dict: Mapping[str, Any], expected: Mapping[str, torch.Tensor], strict: bool = True) -> None:
-    """Raise `CheckpointError` if `state_dict` cannot be loaded over `expected`, before anything is loaded."""
-    if strict:
-        _check_keys(state_dict, expected)
-    else:
-        _check_merged(state_dict, expected)
-    _check_values(state_dict, expected)
+def count_classes(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Classes of a checkpoint in either layout, from the shapes of its weights; 0 without a classifier.
 
-
-def say_merge_mismatch(block: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-    """A `load_state_dict` pre-hook of blocks that adds to the errors if only one of state dict and block is merged.
-
-    It says so within features_only and larger models too, and with strict=False, where only shapes are compared.
+    Example:
+        >>> count_classes({'head.weight': (10, 768), 'head.bias': (10,)})
+        10
     """
-    merged = prefix + 'dwconv.weight' in state_dict
-    if merged or prefix + 'dwconv.large.bn.weight' in state_dict:
-        error_msgs = args[-1]
-        sentence = _merge_mismatch(merged, hasattr(block.dwconv, 'weight'))
-        if sentence and sentence not in error_msgs:
-            error_msgs.append(sentence)
+    return next((shape[0] for key, shape in shapes.items() if _rename(key) == 'head.fc.weight' and shape), 0)
 
 
-def _rename(key: str) -> str:
+def check_before_loading(
+        module: nn.Module,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        *args: Any,
+) -> None:
+    """Raise before any weight of a module is loaded if they do not fit: a `load_state_dict` pre-hook.
+
+    Missing and unexpected keys pass, as the hook cannot tell whether loading is strict.
+
+    Raises:
+        CheckpointError: A shape, a dtype, a layout or a value does not fit, or only one of both is merged.
+    """
+    expected = module.state_dict()
+    part = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    _check_merged(part, expected)
+    _check_values(part, expected)
+
+
+def _unreadable(path: Union[str, Path], error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f'file must be an undamaged weights-only checkpoint (.pth, .pt, .pth.tar or .safetensors), got {str(path)!r}, '
+        f'which could not be read as one; no code in it was run. {type(error).__name__}: {error}')
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a dict with tensors in it, at any depth."""
+    return isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) or _holds_tensors(v) for v in value.values())
+
+
+def _clean(state_dict: Mapping[Any, Any]) -> Dict[str, Any]:
+    """Without the prefixes of DistributedDataParallel and torch.compile."""
+    cleaned: Dict[str, Any] = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f'state_dict must have names as keys, got {key!r}')
+        (name,) = clean_state_dict({key: value})
+        if name in cleaned:
+            raise CheckpointError(f'state_dict must hold every weight once, got {name} with and without a prefix')
+        cleaned[name] = value
+    return cleaned
+
+
+def _rename(key: str) -> Optional[str]:
     for pattern, replacement in _RENAMES:
         if replacement is None:
             if re.search(pattern, key):
@@ -139,22 +248,45 @@ def _rename(key: str) -> str:
     return key
 
 
-def _check_values(state_dict: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> None:
-    for key, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f'state_dict must hold tensors alone, got {key!r}: {type(value).__name__}')
-        if key.endswith('.kernel.radius') and not value.is_meta:
-            wrong = value[~((value > 0) & value.isfinite())]
-            if len(wrong):
-                raise CheckpointError(f'{key} must be positive and finite everywhere, got {wrong[0].item()}')
-    wrong = [
-        f'{k} {tuple(v.shape)} instead of {tuple(expected[k].shape)}'
-        for k, v in state_dict.items() if k in expected and v.shape != expected[k].shape]
+def _check_values(
+        state_dict: Mapping[str, Any],
+        expected: Mapping[str, torch.Tensor],
+        any_shape: Container[str] = (),
+) -> None:
+    wrong = []
+    for key, like in expected.items():
+        if key in state_dict:
+            value = state_dict[key]
+            _check_tensor(key, value, like)
+            if value.shape != like.shape and key not in any_shape:
+                wrong.append(f'{key} {tuple(value.shape)} instead of {tuple(like.shape)}')
+            elif _POSITIONS.search(key) and not value.is_meta:
+                _check_finite(key, value.to(like.dtype))
     if wrong:
         raise CheckpointError(f'state_dict must have the shapes of the model, got {_some(wrong)}')
 
 
-def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Iterable[str] = ()) -> None:
+def _check_tensor(key: str, value: Any, like: torch.Tensor) -> None:
+    """Refuse what PyTorch cannot copy over `like`, or would only cast to it."""
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(f'{key} must be a tensor, got {type(value).__name__}')
+    if value.layout != torch.strided or value.is_nested:
+        raise CheckpointError(f'{key} must be a dense tensor, got {"nested" if value.is_nested else value.layout}')
+    if value.is_meta and not like.is_meta:
+        raise CheckpointError(f'{key} must hold values, got a tensor on the meta device')
+    if like.is_floating_point() and not value.is_floating_point():
+        raise CheckpointError(f'{key} must have a floating point dtype, got {value.dtype}')
+    # A counter of batches may be a float: timm's avg_checkpoints.py averages it with the weights.
+    if value.is_complex() or value.is_quantized or value.dtype == torch.bool:
+        raise CheckpointError(f'{key} must have an integer or floating point dtype, got {value.dtype}')
+
+
+def _check_finite(key: str, value: torch.Tensor) -> None:
+    if not bool(value.isfinite().all()):
+        raise CheckpointError(f'{key} must be finite everywhere, got NaN or infinity')
+
+
+def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Container[str] = ()) -> None:
     _check_merged(keys, expected)
     missing = [k for k in expected if k not in keys and k not in ignore]
     extra = [k for k in keys if k not in expected and k not in ignore]
@@ -167,27 +299,20 @@ def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Iterable[s
 
 
 def _check_merged(keys: Iterable[str], expected: Iterable[str]) -> None:
-    sentence = _merge_mismatch(_is_merged(keys), _is_merged(expected))
-    if sentence:
-        raise CheckpointError(sentence)
-
-
-def _merge_mismatch(merged: Optional[bool], model_merged: Optional[bool]) -> Optional[str]:
-    """What to do where one of checkpoint and model is merged and the other is not; None where that is not so."""
+    merged, model_merged = _is_merged(keys), _is_merged(expected)
     if merged and model_merged is False:
-        return 'state_dict is of a merged model and this model is not merged: create the model with inference_mode=True'
+        raise CheckpointError('state_dict is merged but the model is not: create the model with inference_mode=True')
     if merged is False and model_merged:
-        return (
-            'state_dict is of an unmerged model and this model is merged: load it into a model created without '
-            'inference_mode, then merge that with timm.utils.reparameterize_model(model.eval())')
-    return None
+        raise CheckpointError(
+            'state_dict is not merged but the model is: load it into a model created without inference_mode, then '
+            'merge that with timm.utils.reparameterize_model(model.eval())')
 
 
 def _is_merged(keys: Iterable[str]) -> Optional[bool]:
-    """Whether the keys are of a merged model; None if they tell neither."""
-    if any(k.endswith('.dwconv.weight') for k in keys):
+    """Whether the keys are those of a merged model; None if there is no large kernel among them."""
+    if any(re.search(r'(^|\.)dwconv\.weight$', k) for k in keys):
         return True
-    return False if any('.dwconv.large.' in k for k in keys) else None
+    return False if any(re.search(r'(^|\.)dwconv\.large\.', k) for k in keys) else None
 
 
 def _some(items: List[str], limit: int = 3) -> str:

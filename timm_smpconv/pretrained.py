@@ -1,103 +1,159 @@
-"""Published weights: where they are on the Hugging Face Hub, and downloading them checked."""
+"""Pretrained weights: where they are, and downloads and files that are verified before timm loads them."""
+import logging
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Optional, Tuple, Type, Union
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
-from .checkpoint import CheckpointError, read_checkpoint, select_weights
+from .checkpoint import CheckpointError, check_archive, count_classes, read_checkpoint, select_weights
 
 __all__ = ['BUILT_IN', 'hub_id', 'prepare_pretrained']
 
+_logger = logging.getLogger(__name__)
+
 NAMESPACE = 'timm-smpconv'  # of the built-in weights, as timm-smpconv/smpconv_tiny.in1k
 FILE = 'model.safetensors'
-# model.tag of the weights that have a source (weights/sources.yaml) → sha256 of the published file, None before it is:
-# with `pretrained=True` no other file is taken.
+# model.tag of the weights that have a source (weights/sources.yaml) → sha256 of the published file, None before it is
+# published: `pretrained=True` accepts no other file.
 BUILT_IN: Dict[str, Optional[str]] = {'smpconv_tiny.in1k': None, 'smpconv_base.in1k': None}
-# The client's own, its HTTP library's, which depends on its version, and those of hf_xet.
-_CLIENT_ERRORS = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+_LOCATIONS = ('state_dict', 'file', 'hf_hub_id', 'url')  # in timm's order of preference
+_ARCHIVES = ('.bin', '.pth', '.tar')  # what timm reads from a folder that has no .safetensors file
+# The client's own errors, those of its HTTP library, which depends on its version, and those of hf_xet.
+_CLIENT_ERRORS: Tuple[Type[Exception], ...] = (
+    OSError, RuntimeError, EntryNotFoundError,
+    *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
 
 
 def hub_id(name: str) -> Optional[str]:
-    """Where the built-in weights model.tag are, or will be, if they have a source."""
+    """Hub id of the built-in weights model.tag, None if they have no source.
+
+    Example:
+        >>> hub_id('smpconv_tiny.in1k')
+        'timm-smpconv/smpconv_tiny.in1k'
+    """
     return f'{NAMESPACE}/{name}' if name in BUILT_IN else None
 
 
 def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """See to it that timm finds the weights of a model to be created, and that they are what was published.
+    """Verify the weights of a model before timm builds it, so that an error says what is wrong with them.
 
-    A file of the overlay is read here, for errors that say what is wrong with it. A file of the Hub is brought into the
-    client's cache, from which timm reads it afterwards.
+    A file is read here and handed over to timm. A file of the Hub is downloaded into the client's cache, where timm
+    finds it. Weights that `pretrained_cfg_overlay` names replace those that the model's cfg names, wherever both are,
+    and their classifier is loaded if the model has as many classes; otherwise a warning is logged.
 
     Args:
-        variant: The model's name.
-        kwargs: Of its entry point.
+        variant: Name of the model.
+        kwargs: Arguments of its entry point.
 
     Returns:
-        The kwargs to go on with.
+        The arguments to continue with.
 
     Raises:
-        CheckpointError: No weights are known, they cannot be had, or they are not the published ones.
+        CheckpointError: No weights are known, they cannot be read or downloaded, or they are not the published ones.
     """
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    named = any(overlay.get(key) for key in _LOCATIONS)
+    if named:
+        overlay = {**dict.fromkeys(('source', *_LOCATIONS)), **overlay}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    if cfg.source == 'local-dir' or cfg.state_dict:
-        return kwargs
-    if cfg.source != 'hf-hub' and cfg.file:
-        state_dict, _ = select_weights(read_checkpoint(cfg.file))
-        return dict(kwargs, pretrained_cfg_overlay=dict(overlay, state_dict=state_dict))
-    if cfg.hf_hub_id:
-        _fetch(variant, cfg, kwargs.get('cache_dir'))
-    elif not cfg.url and f'{variant}.in1k' in BUILT_IN:
-        raise CheckpointError('the pretrained_cfg must name weights by file, url or hf_hub_id, got none of them')
-    elif not cfg.url:
+    if cfg.source == 'local-dir' and cfg.file:
+        _check_folder(Path(cfg.file))
+    elif cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
+        content = cfg.state_dict or read_checkpoint(str(cfg.file))
+        state_dict = overlay['state_dict'] = select_weights(content)[0]
+        shapes = {key: getattr(value, 'shape', ()) for key, value in state_dict.items()}
+        _declare_classes(overlay, kwargs, cfg, cfg.file or 'the state_dict', count_classes(shapes))
+    elif cfg.hf_hub_id:
+        path = _fetch(variant, cfg.hf_hub_id, cfg, kwargs.get('cache_dir'))
+        if named and path:
+            _declare_classes(overlay, kwargs, cfg, cfg.hf_hub_id, count_classes(_read_shapes(path)))
+    elif cfg.url:
+        _declare_classes(overlay, kwargs, cfg, str(cfg.url))
+    elif f'{variant}.in1k' in BUILT_IN:
+        raise CheckpointError('pretrained_cfg must name weights by file, url or hf_hub_id, got none of them')
+    else:
         raise CheckpointError(
             f'there are no weights of {variant}: the authors published none. Train it with timm\'s train.py and the '
-            f'recipe that `timm-smpconv recipe {variant}` names, and load what you get with '
+            f'recipe that `timm-smpconv recipe {variant}` names, and load the result with '
             'pretrained_cfg_overlay=dict(file="model_best.pth.tar"); or use pretrained=False')
-    return kwargs
+    return dict(kwargs, pretrained_cfg_overlay=overlay)
 
 
-def _fetch(variant: str, cfg: PretrainedCfg, cache_dir: Union[str, Path, None]) -> None:
-    repo, _, revision = cfg.hf_hub_id.partition('@')
+def _check_folder(folder: Path) -> None:
+    if not any(folder.glob('*.safetensors')):
+        for path in sorted(folder.glob('*')):
+            if path.suffix in _ARCHIVES:
+                check_archive(path)
+
+
+def _read_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:
+    with safe_open(path, framework='pt') as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _declare_classes(
+        overlay: Dict[str, Any],
+        kwargs: Dict[str, Any],
+        cfg: PretrainedCfg,
+        where: str,
+        classes: Optional[int] = None,
+) -> None:
+    """Put the classes of a checkpoint into the overlay: timm loads a classifier only if cfg and model have as many."""
+    if classes:
+        overlay.setdefault('num_classes', classes)
+    declared = overlay.get('num_classes', cfg.num_classes)
+    asked = 0 if kwargs.get('features_only') else kwargs.get('num_classes', declared)
+    if asked and (asked != declared or declared < 0):
+        _logger.warning(
+            "The model's classifier (num_classes=%s) is not loaded and keeps its initial weights: %s has %s classes, "
+            'and pretrained_cfg has num_classes=%d',
+            kwargs.get('num_classes', 'default'), where, 'unknown' if classes is None else classes, declared)
+
+
+def _fetch(variant: str, hub_id: str, cfg: PretrainedCfg, cache_dir: Union[str, Path, None]) -> Optional[Path]:
+    """Path of a verified file in the cache; None if a repository has its weights under another name."""
+    repo, _, revision = hub_id.partition('@')
     named = cfg.hf_hub_filename or ''
     name = named if named.endswith('.safetensors') else FILE  # timm prefers it to the others
     try:
         path = Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir))
-    except (*_CLIENT_ERRORS, EntryNotFoundError) as error:
+    except _CLIENT_ERRORS as error:
         absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         if absent and cfg.source == 'hf-hub':
-            return  # somebody's weights by another name: timm knows which to try
+            return None  # timm knows which other names to try
         raise CheckpointError(
-            f'the weights of {variant} could not be had: tried {name} of {cfg.hf_hub_id} at {constants.ENDPOINT} and '
-            f'in the cache {cache_dir or constants.HF_HUB_CACHE}. If they are not published yet: publish them '
-            '(weights/publish.py); or load a folder that weights/convert.py wrote, by '
-            'timm.create_model("local-dir:DIR", pretrained=True); or the authors\' file, by '
+            f'could not download the weights of {variant}: tried {name} of {hub_id} at {constants.ENDPOINT} and '
+            f'in the cache {cache_dir or constants.HF_HUB_CACHE}. If they are not published yet, publish them '
+            '(weights/publish.py); or load a folder that weights/convert.py wrote with '
+            'timm.create_model("local-dir:DIR", pretrained=True), or the authors\' file with '
             f'timm.create_model("{variant}", pretrained=True, '
-            f'pretrained_cfg_overlay=dict(file="FILE.pth")). The client said: {_first_line(error)}') from error
-    _check(path, cfg, revision)
+            f'pretrained_cfg_overlay=dict(file="FILE.pth")). The client reported: {_first_line(error)}') from error
+    _verify_download(path, cfg, revision)
+    return path
 
 
-def _check(path: Path, cfg: PretrainedCfg, revision: str) -> None:
-    """Compare a file of the cache with what was announced: the client compares sizes only."""
+def _verify_download(path: Path, cfg: PretrainedCfg, revision: str) -> None:
+    """Compare the hash of a cached file with what was announced (the client compares sizes only); remove a bad file."""
     blob = path.resolve()
-    announced = blob.name if len(blob.name) == 64 else None  # known of large files, where the cache has links
+    announced = blob.name if len(blob.name) == 64 else None  # the name of a large file, where the cache has links
     with blob.open('rb') as file:
         found = sha_fileobj(file).hex()
     if announced and found != announced:
         path.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
         raise CheckpointError(
-            f'the file of {cfg.hf_hub_id} has sha256 {found}, and {announced} was announced. It was removed from the '
-            'cache: try again, and tell the people who host it if that does not help')
+            f'the file of {cfg.hf_hub_id} must have the announced sha256 {announced}, got {found}. It was removed from '
+            'the cache: try again, and if the error persists report it to those who host the file')
     name = f'{cfg.architecture}.{cfg.tag}'
     recorded = BUILT_IN.get(name)
     if recorded and found != recorded and cfg.hf_hub_id == hub_id(name) and cfg.source != 'hf-hub' and not revision:
         raise CheckpointError(
-            f'{cfg.hf_hub_id} has a file of sha256 {found}, and this version of timm-smpconv knows {recorded}: it was '
-            'changed after the release. Update timm-smpconv, or name the weights yourself: '
+            f'the file of {cfg.hf_hub_id} must have the sha256 {recorded} that this version of timm-smpconv knows, got '
+            f'{found}: it was changed after the release. Update timm-smpconv, or name the weights yourself with '
             f'timm.create_model("hf-hub:{cfg.hf_hub_id}", pretrained=True)')
 
 

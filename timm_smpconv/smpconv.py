@@ -15,11 +15,11 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import FeatureListNet, build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # timm gives it no public name
 from timm.utils import reparameterize_model
 
-from .checkpoint import check_fit, checkpoint_filter_fn, say_merge_mismatch
+from .checkpoint import CheckedLoading, check_before_loading, checkpoint_filter_fn
 from .kernel import SMPKernel
 from .layers import ConvNorm, DepthwiseConv2d, NormClassifierHead, RepSMPConv2d, merged_block
 from .pretrained import hub_id, prepare_pretrained
@@ -49,7 +49,7 @@ class SMPBlock(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
         self.pw2 = ConvNorm(nn.Conv2d(dim, dim, 1, bias=False, **dd), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.register_load_state_dict_pre_hook(say_merge_mismatch)
+        self.register_load_state_dict_pre_hook(check_before_loading)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.act1(self.pw1(self.norm(x)))
@@ -62,7 +62,7 @@ class SMPBlock(nn.Module):
         if not isinstance(self.pw1, ConvNorm):
             return self
         merged = merged_block(self, 'relu')
-        merged.register_load_state_dict_pre_hook(say_merge_mismatch)
+        merged.register_load_state_dict_pre_hook(check_before_loading)
         return merged
 
 
@@ -148,7 +148,7 @@ class SMPStage(nn.Module):
         return self.blocks(x)
 
 
-class SMPConvNet(nn.Module):
+class SMPConvNet(CheckedLoading):
     """(B, in_chans, H, W) with H, W at least 32 → (B, num_classes).
 
     Args:
@@ -312,11 +312,9 @@ class SMPConvNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
 
-    @torch.jit.ignore
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As `nn.Module.load_state_dict`, but a state dict that does not fit changes nothing."""
-        check_fit(state_dict, self.state_dict(), strict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+class SMPFeatureListNet(CheckedLoading, FeatureListNet):
+    """The default wrapper of a features_only model."""
 
 
 def _conv_norm_relu(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, groups: int = 1, **dd) -> ConvNorm:
@@ -371,7 +369,7 @@ def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SM
     model = build_model_with_cfg(
         SMPConvNet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True, feature_cls=SMPFeatureListNet),
         **kwargs,
     )
     model.pretrained_cfg.pop('state_dict', None)
