@@ -1,8 +1,15 @@
-"""Shared by all tests: repeatable random numbers, small images, one tolerance table."""
+"""Shared by all tests: the seed, small models and images, `difference` and its tolerances, and what CI may skip."""
 import os
+import re
+
+IN_A_WORKER = 'PYTEST_XDIST_WORKER' in os.environ
+if IN_A_WORKER:  # one thread each, in the processes it starts too
+    os.environ.update(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')  # before anything imports torch
 
 import torch
 
+if IN_A_WORKER:
+    torch.set_num_threads(1)  # xdist's master process may have set other variables before
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # before anything imports Triton
 
@@ -24,7 +31,10 @@ TOKENS = {  # who sends them to the Hub of hub_server.py
 
 CPU_BACKENDS = [name for name in BACKENDS if name != 'triton']
 
-# Largest difference allowed, relative to the largest magnitude expected.
+# Reasons for which a test may be skipped in CI; for any other a skipped test fails there.
+MAY_LACK = re.compile("GPU|AVX-512|timm's scripts")
+
+# Largest `difference` allowed.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 LAYOUTS = {
@@ -36,10 +46,24 @@ LAYOUTS = {
 
 
 def difference(actual, expected):
-    """Largest difference relative to the largest expected magnitude."""
-    actual, expected = actual.detach().double(), expected.detach().double()
+    """Largest difference relative to the largest magnitude expected in the same channel.
+
+    Channels are dimension 1 of (B, C, H, W), and dimension 0 of a matrix and of a depthwise weight (C, 1, K, L); a vector
+    is one channel. A channel whose values are less than a hundredth of the largest anywhere counts as a hundredth: what
+    it holds may be the rounding of larger sums. NaN and infinities must be the same and in the same places.
+    """
     assert actual.shape == expected.shape
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
+    actual, expected = actual.detach().double(), expected.detach().double()
+    finite = actual.isfinite() & expected.isfinite()
+    torch.testing.assert_close(actual[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True)
+    error, magnitude = (actual - expected).where(finite, 0).abs(), expected.where(finite, 0).abs()
+    if expected.ndim > 1:
+        channel = 1 if expected.ndim > 2 and expected.shape[1] > 1 else 0
+        error, magnitude = (t.movedim(channel, 0).flatten(1).amax(1) for t in (error, magnitude))
+    else:
+        error, magnitude = error.max(), magnitude.max()
+    scale = magnitude.clamp(min=magnitude.max() / 100)
+    return (error.where(error == 0, error / scale)).max().item()
 
 
 def shake_norms(model, seed=0):
@@ -77,6 +101,40 @@ def small_model(shake=True, **kwargs):
     args = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5), num_classes=10)
     model = timm.create_model('smpconv_tiny', **dict(args, **kwargs)).eval()
     return wake_weights(shake_norms(model)) if shake else model
+
+
+def missing(report):
+    """Why a report says skipped, if that is something that CI may not lack."""
+    if report.skipped and not hasattr(report, 'wasxfail') and os.environ.get('CI'):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        return None if MAY_LACK.search(reason) else reason
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    if reason := missing(report):
+        report.outcome, report.longrepr = 'failed', f'In CI nothing may be missing. {reason}'
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    state = torch.get_rng_state()
+    report = yield
+    if reason := missing(report):
+        report.outcome, report.longrepr = 'failed', f'In CI nothing may be missing. {reason}'
+    elif not torch.equal(torch.get_rng_state(), state):
+        report.outcome, report.longrepr = 'failed', (
+            f'{collector.nodeid} draws random numbers while tests are collected, which no seed repeats. '
+            'Build the module inside the test: parametrize functions that return it.')
+    return report
+
+
+def pytest_itemcollected(item):
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        item.add_marker(pytest.mark.skip(reason='needs a GPU'))
 
 
 @pytest.fixture(autouse=True)
