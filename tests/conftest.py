@@ -2,23 +2,19 @@
 import os
 import re
 
-IN_A_WORKER = 'PYTEST_XDIST_WORKER' in os.environ
-if IN_A_WORKER:  # one thread each, in the processes it starts too
-    os.environ.update(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')  # before anything imports torch
+if 'PYTEST_XDIST_WORKER' in os.environ:  # one thread a worker, also in the processes that it starts
+    os.environ.update(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')  # read when torch is imported
 
 import torch
 
-if IN_A_WORKER:
-    torch.set_num_threads(1)  # xdist's master process may have set other variables before
 if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # before anything imports Triton
+    os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is imported, which timm does
 
 import pytest
 import timm
 from hub_server import HubServer
 from huggingface_hub import constants, file_download
 
-import timm_smpconv  # noqa: F401 (registers the models)
 from timm_smpconv.ops import BACKENDS
 
 MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
@@ -31,8 +27,8 @@ TOKENS = {  # who sends them to the Hub of hub_server.py
 
 CPU_BACKENDS = [name for name in BACKENDS if name != 'triton']
 
-# Reasons for which a test may be skipped in CI; for any other a skipped test fails there.
-MAY_LACK = re.compile("GPU|AVX-512|timm's scripts")
+# What CI may lack: a test that is skipped for another reason fails there.
+MAY_LACK = re.compile(r"GPU|AVX-512|timm's scripts")
 
 # Largest `difference` allowed.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -48,9 +44,9 @@ LAYOUTS = {
 def difference(actual, expected):
     """Largest difference relative to the largest magnitude expected in the same channel.
 
-    Channels are dimension 1 of (B, C, H, W), and dimension 0 of a matrix and of a depthwise weight (C, 1, K, L); a vector
-    is one channel. A channel whose values are less than a hundredth of the largest anywhere counts as a hundredth: what
-    it holds may be the rounding of larger sums. NaN and infinities must be the same and in the same places.
+    Channels are dimension 1, and dimension 0 of a matrix or where dimension 1 has one entry, as in a depthwise weight
+    (C, 1, K, L); a vector is one channel. The magnitude is at least a hundredth of the largest of all channels, since
+    small values may be sums of large ones. NaN and infinity must stand in the same places.
     """
     assert actual.shape == expected.shape
     actual, expected = actual.detach().double(), expected.detach().double()
@@ -63,7 +59,7 @@ def difference(actual, expected):
     else:
         error, magnitude = error.max(), magnitude.max()
     scale = magnitude.clamp(min=magnitude.max() / 100)
-    return (error.where(error == 0, error / scale)).max().item()
+    return (error / scale).where(error > 0, 0).max().item()
 
 
 def shake_norms(model, seed=0):
@@ -103,19 +99,19 @@ def small_model(shake=True, **kwargs):
     return wake_weights(shake_norms(model)) if shake else model
 
 
-def missing(report):
-    """Why a report says skipped, if that is something that CI may not lack."""
-    if report.skipped and not hasattr(report, 'wasxfail') and os.environ.get('CI'):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        return None if MAY_LACK.search(reason) else reason
-    return None
+def fail_if_missing(report):
+    """In CI a test that something is missing for fails: what was skipped there, nobody would see."""
+    if not (os.environ.get('CI') and report.skipped) or hasattr(report, 'wasxfail'):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not MAY_LACK.search(reason):
+        report.outcome, report.longrepr = 'failed', f'must not be skipped in CI. {reason}'
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
     report = yield
-    if reason := missing(report):
-        report.outcome, report.longrepr = 'failed', f'In CI nothing may be missing. {reason}'
+    fail_if_missing(report)
     return report
 
 
@@ -123,12 +119,11 @@ def pytest_runtest_makereport():
 def pytest_make_collect_report(collector):
     state = torch.get_rng_state()
     report = yield
-    if reason := missing(report):
-        report.outcome, report.longrepr = 'failed', f'In CI nothing may be missing. {reason}'
-    elif not torch.equal(torch.get_rng_state(), state):
+    fail_if_missing(report)
+    if not torch.equal(torch.get_rng_state(), state):
         report.outcome, report.longrepr = 'failed', (
-            f'{collector.nodeid} draws random numbers while tests are collected, which no seed repeats. '
-            'Build the module inside the test: parametrize functions that return it.')
+            f'{collector.nodeid} draws random numbers while tests are collected, before the seed is set. Build modules '
+            'and tensors in the test: parametrize it with functions that return them.')
     return report
 
 

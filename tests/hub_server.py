@@ -15,6 +15,7 @@ the client uploads with Xet whatever a server offers; `environment` switches tha
 Stricter than the Hub: a model card without a YAML header is an error here, and a warning there.
 """
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -203,10 +204,8 @@ class HubServer:
             listener.shutdown()
             listener.server_close()
         for connection in list(self.connections):
-            try:
+            with contextlib.suppress(OSError):  # the client closed it first
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:  # the client was faster
-                pass
 
     def environment(self, token=None):
         """Variables that point the client of another process here."""
@@ -257,6 +256,7 @@ class HubServer:
             if fault.times and fault.method == method and fault.path_part in path and (fault.status is None) == cut:
                 fault.times -= 1
                 return fault
+        return None
 
     def answer(self, request, fault):
         """Status, headers and body: bytes, or what is sent as JSON."""

@@ -192,7 +192,7 @@ def test_a_hub_that_is_down(server, api, download, pauses):
 @pytest.mark.parametrize('path', ['model.safetensors', 'README.md'])
 def test_cut_downloads_leave_no_file(server, api, download, pauses, tmp_path, path):
     server.cut(path, 10, times=100)
-    with pytest.raises(Exception, match='complete message body|IncompleteRead'):  # of httpx2, of requests
+    with pytest.raises(Exception, match=r'complete message body|IncompleteRead'):  # of httpx2, of requests
         download(path)
     assert not snapshots(tmp_path)
     server.repair()
