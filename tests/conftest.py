@@ -19,7 +19,7 @@ from timm_smpconv.ops import BACKENDS
 
 MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
 
-TOKENS = {  # who sends them to the Hub of hub_server.py
+TOKENS = {  # users of the Hub of hub_server.py
     'hf_writer': {'name': 'alice', 'orgs': ['timm-smpconv'], 'role': 'write'},
     'hf_reader': {'name': 'bob', 'orgs': ['timm-smpconv'], 'role': 'read'},
     'hf_stranger': {'name': 'eve', 'role': 'write'},
@@ -27,7 +27,7 @@ TOKENS = {  # who sends them to the Hub of hub_server.py
 
 CPU_BACKENDS = [name for name in BACKENDS if name != 'triton']
 
-# What CI may lack: a test that is skipped for another reason fails there.
+# Reasons for which tests may be skipped in CI.
 MAY_LACK = re.compile(r"GPU|AVX-512|timm's scripts")
 
 # Largest `difference` allowed.
@@ -53,11 +53,9 @@ def difference(actual, expected):
     finite = actual.isfinite() & expected.isfinite()
     torch.testing.assert_close(actual[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True)
     error, magnitude = (actual - expected).where(finite, 0).abs(), expected.where(finite, 0).abs()
-    if expected.ndim > 1:
-        channel = 1 if expected.ndim > 2 and expected.shape[1] > 1 else 0
-        error, magnitude = (t.movedim(channel, 0).flatten(1).amax(1) for t in (error, magnitude))
-    else:
-        error, magnitude = error.max(), magnitude.max()
+    channel = 1 if expected.ndim > 2 and expected.shape[1] > 1 else 0
+    error, magnitude = (
+        (t.movedim(channel, 0).flatten(1) if t.ndim > 1 else t.reshape(1, -1)).amax(1) for t in (error, magnitude))
     scale = magnitude.clamp(min=magnitude.max() / 100)
     return (error / scale).where(error > 0, 0).max().item()
 
@@ -78,8 +76,8 @@ def shake_norms(model, seed=0):
 
 
 def wake_weights(model):
-    """Give every convolution, kernel and classifier weights of unit gain: with the initial ones no image reaches the
-    logits of a narrow model."""
+    """Give every convolution, kernel and classifier weights of unit gain: with the initial ones the logits of a narrow
+    model hardly depend on the image."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and not name.endswith(('coords', 'radius')):
@@ -89,9 +87,9 @@ def wake_weights(model):
 
 
 def small_model(shake=True, **kwargs):
-    """The same classes at a size that runs in milliseconds, in evaluation mode.
+    """A network of the package's classes that runs in milliseconds, in evaluation mode.
 
-    Unless told, its BatchNorms are shaken and its weights woken.
+    By default it goes through `shake_norms` and `wake_weights`.
     """
     torch.manual_seed(0)
     args = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5), num_classes=10)
@@ -100,7 +98,7 @@ def small_model(shake=True, **kwargs):
 
 
 def fail_if_missing(report):
-    """In CI a test that something is missing for fails: what was skipped there, nobody would see."""
+    """Fail a test that is skipped in CI, where nobody would notice, unless its reason is in MAY_LACK."""
     if not (os.environ.get('CI') and report.skipped) or hasattr(report, 'wasxfail'):
         return
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -150,7 +148,7 @@ def images():
 @pytest.fixture
 def server(monkeypatch):
     with HubServer(TOKENS) as server:
-        # What server.environment() does in another process. huggingface_hub 0.26 needs more than its endpoint argument.
+        # As server.environment() does for another process. huggingface_hub 0.26 needs more than its endpoint argument.
         monkeypatch.setenv('NO_PROXY', '127.0.0.1')
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)
         monkeypatch.setattr(constants, 'ENDPOINT', server.url)
