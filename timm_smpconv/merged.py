@@ -38,7 +38,7 @@ class MergedConv2d(nn.Conv2d):
         if activation not in ACTIVATIONS:
             raise ValueError(f'activation must be one of {", ".join(ACTIVATIONS)}, got {activation!r}')
         self.activation = activation
-        self.packed: 'Optional[PackedWeight]' = None  # unquoted, it makes TorchScript warn
+        self.packed: Optional[PackedWeight] = None
         self.eval()
 
     def forward(self, x: torch.Tensor, residual: Optional[torch.Tensor] = None) -> torch.Tensor:
