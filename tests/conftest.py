@@ -1,22 +1,25 @@
-"""Shared by all tests: repeatable random numbers, small images, one tolerance table."""
+"""Shared by all tests: the seed, small models and images, `difference` and its tolerances, and what CI may skip."""
 import os
+import re
+
+if 'PYTEST_XDIST_WORKER' in os.environ:  # one thread a worker, also in the processes that it starts
+    os.environ.update(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')  # read when torch is imported
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # before anything imports Triton
+    os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is imported, which timm does
 
 import pytest
 import timm
 from hub_server import HubServer
 from huggingface_hub import constants, file_download
 
-import timm_smpconv  # noqa: F401 (registers the models)
 from timm_smpconv.ops import BACKENDS
 
 MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
 
-TOKENS = {  # who sends them to the Hub of hub_server.py
+TOKENS = {  # users of the Hub of hub_server.py
     'hf_writer': {'name': 'alice', 'orgs': ['timm-smpconv'], 'role': 'write'},
     'hf_reader': {'name': 'bob', 'orgs': ['timm-smpconv'], 'role': 'read'},
     'hf_stranger': {'name': 'eve', 'role': 'write'},
@@ -24,7 +27,10 @@ TOKENS = {  # who sends them to the Hub of hub_server.py
 
 CPU_BACKENDS = [name for name in BACKENDS if name != 'triton']
 
-# Largest difference allowed, relative to the largest magnitude expected.
+# Reasons for which tests may be skipped in CI.
+MAY_LACK = re.compile(r"GPU|AVX-512|timm's scripts")
+
+# Largest `difference` allowed.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 LAYOUTS = {
@@ -36,10 +42,22 @@ LAYOUTS = {
 
 
 def difference(actual, expected):
-    """Largest difference relative to the largest expected magnitude."""
-    actual, expected = actual.detach().double(), expected.detach().double()
+    """Largest difference relative to the largest magnitude expected in the same channel.
+
+    Channels are dimension 1, and dimension 0 of a matrix or where dimension 1 has one entry, as in a depthwise weight
+    (C, 1, K, L); a vector is one channel. The magnitude is at least a hundredth of the largest of all channels, since
+    small values may be sums of large ones. NaN and infinity must stand in the same places.
+    """
     assert actual.shape == expected.shape
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
+    actual, expected = actual.detach().double(), expected.detach().double()
+    finite = actual.isfinite() & expected.isfinite()
+    torch.testing.assert_close(actual[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True)
+    error, magnitude = (actual - expected).where(finite, 0).abs(), expected.where(finite, 0).abs()
+    channel = 1 if expected.ndim > 2 and expected.shape[1] > 1 else 0
+    error, magnitude = (
+        (t.movedim(channel, 0).flatten(1) if t.ndim > 1 else t.reshape(1, -1)).amax(1) for t in (error, magnitude))
+    scale = magnitude.clamp(min=magnitude.max() / 100)
+    return (error / scale).where(error > 0, 0).max().item()
 
 
 def shake_norms(model, seed=0):
@@ -58,8 +76,8 @@ def shake_norms(model, seed=0):
 
 
 def wake_weights(model):
-    """Give every convolution, kernel and classifier weights of unit gain: with the initial ones no image reaches the
-    logits of a narrow model."""
+    """Give every convolution, kernel and classifier weights of unit gain: with the initial ones the logits of a narrow
+    model hardly depend on the image."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and not name.endswith(('coords', 'radius')):
@@ -69,14 +87,47 @@ def wake_weights(model):
 
 
 def small_model(shake=True, **kwargs):
-    """The same classes at a size that runs in milliseconds, in evaluation mode.
+    """A network of the package's classes that runs in milliseconds, in evaluation mode.
 
-    Unless told, its BatchNorms are shaken and its weights woken.
+    By default it goes through `shake_norms` and `wake_weights`.
     """
     torch.manual_seed(0)
     args = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5), num_classes=10)
     model = timm.create_model('smpconv_tiny', **dict(args, **kwargs)).eval()
     return wake_weights(shake_norms(model)) if shake else model
+
+
+def fail_if_missing(report):
+    """Fail a test that is skipped in CI, where nobody would notice, unless its reason is in MAY_LACK."""
+    if not (os.environ.get('CI') and report.skipped) or hasattr(report, 'wasxfail'):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not MAY_LACK.search(reason):
+        report.outcome, report.longrepr = 'failed', f'must not be skipped in CI. {reason}'
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    fail_if_missing(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    state = torch.get_rng_state()
+    report = yield
+    fail_if_missing(report)
+    if not torch.equal(torch.get_rng_state(), state):
+        report.outcome, report.longrepr = 'failed', (
+            f'{collector.nodeid} draws random numbers while tests are collected, before the seed is set. Build modules '
+            'and tensors in the test: parametrize it with functions that return them.')
+    return report
+
+
+def pytest_itemcollected(item):
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        item.add_marker(pytest.mark.skip(reason='needs a GPU'))
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +148,7 @@ def images():
 @pytest.fixture
 def server(monkeypatch):
     with HubServer(TOKENS) as server:
-        # What server.environment() does in another process. huggingface_hub 0.26 needs more than its endpoint argument.
+        # As server.environment() does for another process. huggingface_hub 0.26 needs more than its endpoint argument.
         monkeypatch.setenv('NO_PROXY', '127.0.0.1')
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)
         monkeypatch.setattr(constants, 'ENDPOINT', server.url)

@@ -1,20 +1,22 @@
-"""A Hugging Face Hub on loopback: the part of its protocol that huggingface_hub (0.26 and 2.4) speaks about models.
+"""A Hugging Face Hub on loopback: the part of its protocol that huggingface_hub 0.26 and 2.4 use for models.
 
 Read from these files of huggingface_hub:
 - hf_api.py: whoami, create_repo, model_info, list_repo_tree, get_paths_info, list_repo_refs, create_branch, create_tag,
   _validate_yaml (repocard.py sends the same)
-- _commit_api.py: preupload, which says what is large, and commit, one JSON object a line
+- _commit_api.py: preupload, which says what is large, and commit, one JSON object per line
 - lfs.py: the batch, upload and verify requests of git-lfs, transfer "basic"
 - file_download.py: HEAD and GET of /resolve/, the headers it needs, resuming with Range
 - utils/_http.py: X-Error-Code and X-Error-Message, which become exceptions
 
-Two ports are open, because the Hub and the store of its large files are two hosts: the client follows redirects to the
-same host, and would miss what the Hub's own answer says. The store takes no token, like Amazon's.
-Left out: data sets and spaces, copies, pull requests, gated repositories, paging, and Xet. Where hf_xet is installed,
-the client uploads with Xet whatever a server offers; `environment` switches that off.
-Stricter than the Hub: a model card without a YAML header is an error here, and a warning there.
+The Hub and its store of large files are two hosts, so this server opens two ports. On a single host the client would
+follow the redirect to the store and miss the headers of the Hub's own response. Like the real store, this one rejects
+tokens.
+Unsupported: datasets and spaces, copies, pull requests, gated repositories, paging, and Xet. Where hf_xet is installed,
+the client uploads with Xet whatever a server offers; `environment` disables that.
+Stricter than the Hub: a model card without a YAML header is an error here and a warning there.
 """
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -28,13 +30,13 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import yaml
 
 LARGE = ('*.bin', '*.ckpt', '*.npz', '*.onnx', '*.pt', '*.pth', '*.safetensors')  # and all above 10 MB
-LICENSES = (  # of the Hub's list, those a model may well have
+LICENSES = (  # those of the Hub's list that a model is likely to have
     'afl-3.0', 'agpl-3.0', 'apache-2.0', 'bsd-2-clause', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0',
     'cc-by-sa-4.0', 'cc0-1.0', 'gpl-2.0', 'gpl-3.0', 'isc', 'lgpl-3.0', 'mit', 'mpl-2.0', 'other', 'unknown')
 
 
 class Problem(Exception):
-    """An answer of status 400 or above."""
+    """A response of status 400 or above."""
     def __init__(self, status, message, code=None, headers=(), **body):
         line = message.partition('\n')[0].encode('ascii', 'replace').decode()
         headers = {'X-Error-Code': code, 'X-Error-Message': line, **dict(headers)}
@@ -46,19 +48,19 @@ class Fault:
     method: str
     path_part: str
     times: int
-    status: int = None  # of the answer; None: the body is cut
+    status: int = None  # of the response; None: its body is cut
     after_bytes: int = None
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a commit. The oid names its content: the sha256 of a large one, else git's sha1."""
+    """A file of a commit. The oid is the hash of its content: sha256 for a large file, else git's sha1."""
     oid: str
     size: int
     large: bool
 
     def entry(self, path):
-        """What the Hub tells of it."""
+        """The Hub's description of it."""
         entry = {'type': 'file', 'path': path, 'size': self.size, 'oid': self.oid}
         if self.large:
             pointer = f'version https://git-lfs.github.com/spec/v1\noid sha256:{self.oid}\nsize {self.size}\n'.encode()
@@ -88,7 +90,7 @@ class Repository:
         return file
 
     def commit(self, branch, title, files):
-        """A new head of the branch with exactly these files, changed or not."""
+        """Create a commit of exactly these files, changed or not; it becomes the head of the branch."""
         commit = Commit(title, self.branches.get(branch), files)
         sha = self.branches[branch] = hashlib.sha1(f'{len(self.commits)} {commit}'.encode()).hexdigest()
         self.commits[sha] = commit
@@ -104,7 +106,7 @@ class Repository:
         return self.commits[self.sha(revision)].files
 
     def entries(self, revision):
-        """What the Hub tells of each file and folder, by path."""
+        """The Hub's description of each file and folder, by path."""
         entries = {path: file.entry(path) for path, file in self.files(revision).items()}
         for path in list(entries):
             while path := path.rpartition('/')[0]:
@@ -117,12 +119,12 @@ def blob_oid(data):
 
 
 def card_error(text):
-    """What is wrong with the header of a model card, or None."""
+    """Why the header of a model card is invalid, or None."""
     header = re.match(r'---[ \t]*\r?\n(.*?)^---[ \t]*$', text, re.DOTALL | re.MULTILINE)
     try:
         data = yaml.safe_load(header[1]) if header else None
     except yaml.YAMLError as error:
-        return f'The YAML header cannot be read: {error}'
+        return f'The YAML header is invalid: {error}'
     if not isinstance(data, dict):
         return 'The YAML header is missing, or not a mapping'
     names = data.get('license', [])
@@ -131,7 +133,7 @@ def card_error(text):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection: reads requests, has the hub answer them, and applies the faults that a test asked for."""
+    """One connection: reads requests, sends the hub's responses, and applies the faults that a test asked for."""
     protocol_version = 'HTTP/1.1'
     disable_nagle_algorithm = True
 
@@ -175,14 +177,14 @@ class HubServer:
     """`with HubServer(tokens) as server:` serves `server.url`.
 
     Args:
-        tokens: Who sends each token: `{'hf_writer': {'name': 'alice', 'orgs': ['timm'], 'role': 'write'}}` may read the
-            private repositories of alice and timm and, because of its role, write there.
+        tokens: The owner of each token: `{'hf_writer': {'name': 'alice', 'orgs': ['timm'], 'role': 'write'}}` may read
+            the private repositories of alice and timm and, because of its role, write there.
     """
     def __init__(self, tokens=()):
         self.tokens = dict(tokens)
         self.lock = threading.RLock()
         self.repositories = {}  # name -> Repository
-        self.requests = []  # (method, path, status), in the order of the answers
+        self.requests = []  # (method, path, status), in the order of the responses
         self.faults = []
         self.connections = set()
 
@@ -203,13 +205,11 @@ class HubServer:
             listener.shutdown()
             listener.server_close()
         for connection in list(self.connections):
-            try:
+            with contextlib.suppress(OSError):  # the client closed it first
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:  # the client was faster
-                pass
 
     def environment(self, token=None):
-        """Variables that point the client of another process here."""
+        """Environment variables that point the client of another process here."""
         env = {'HF_ENDPOINT': self.url, 'HF_HUB_DISABLE_XET': '1', 'NO_PROXY': '127.0.0.1'}
         return dict(env, HF_TOKEN=token) if token else env
 
@@ -217,13 +217,13 @@ class HubServer:
         return repo in self.repositories
 
     def files(self, repo, revision='main'):
-        """Path -> bytes as they are served."""
+        """Path -> bytes, as served."""
         with self.lock:
             repository = self.repositories[repo]
             return {path: repository.contents[file.oid] for path, file in repository.files(revision).items()}
 
     def alter(self, repo, path, data, commit=False):
-        """Give a file of main other bytes: behind the hash and size that are announced, or as a new commit."""
+        """Replace the bytes of a file of main: under the old hash and size, or as a new commit."""
         with self.lock:
             repository = self.repositories[repo]
             files = repository.files('main')
@@ -234,11 +234,11 @@ class HubServer:
                 repository.contents[files[path].oid] = data
 
     def count(self, method, path_part):
-        """How many requests there were. The client downloads from '/resolve/', and large files from '/cdn/'."""
+        """Count requests. The client downloads from '/resolve/', and large files from '/cdn/'."""
         return sum(seen[0] == method and path_part in seen[1] for seen in list(self.requests))
 
     def fail(self, method, path_part, status, times=1):
-        """Answer the next matching requests with this status."""
+        """Respond to the next matching requests with this status."""
         with self.lock:
             self.faults.append(Fault(method, path_part, times, status=status))
 
@@ -248,7 +248,7 @@ class HubServer:
             self.faults.append(Fault('GET', path_part, times, after_bytes=after_bytes))
 
     def repair(self):
-        """Forget the failures and cuts that are left."""
+        """Cancel the remaining failures and cuts."""
         with self.lock:
             self.faults.clear()
 
@@ -257,9 +257,10 @@ class HubServer:
             if fault.times and fault.method == method and fault.path_part in path and (fault.status is None) == cut:
                 fault.times -= 1
                 return fault
+        return None
 
     def answer(self, request, fault):
-        """Status, headers and body: bytes, or what is sent as JSON."""
+        """Status, headers and body: bytes, or an object to be sent as JSON."""
         token = request.headers.get('Authorization', '').removeprefix('Bearer ')
         if fault:
             raise Problem(fault.status, 'A test asked for this')
@@ -270,7 +271,7 @@ class HubServer:
             match = re.fullmatch(pattern, request.route)
             if match and request.command in method.split():
                 return handler(self, request, **{key: unquote(value) for key, value in match.groupdict('').items()})
-        raise Problem(404, f'Not spoken here: {request.command} {request.route}')
+        raise Problem(404, f'Unsupported: {request.command} {request.route}')
 
     def signed_in(self, request):
         if request.user is None:
@@ -283,7 +284,7 @@ class HubServer:
     def repository(self, request, name, write=False):
         repository, user = self.repositories.get(name), request.user
         if user is None and (repository is None or repository.private or write):
-            raise Problem(401, 'Invalid username or password.', 'RepoNotFound')  # the Hub does not tell which
+            raise Problem(401, 'Invalid username or password.', 'RepoNotFound')  # nor does the Hub say which
         mine = user is not None and self.owns(user, name.split('/')[0])
         if repository is None or (repository.private and not mine):
             raise Problem(404, 'Repository not found', 'RepoNotFound')
@@ -381,7 +382,7 @@ class HubServer:
     def upload(self, request, repo, oid, size):
         self.refuse_token(request)
         if (hashlib.sha256(request.body).hexdigest(), str(len(request.body))) != (oid, size):
-            raise Problem(400, 'The content does not match the sha256 and size that were announced')
+            raise Problem(400, 'The content does not match its sha256 or size')
         self.repositories[repo].store(request.body, large=True)
         return 200, {}, b''
 

@@ -1,4 +1,4 @@
-"""torch.hub from a plain checkout, and what importing the package does, each in a fresh process."""
+"""torch.hub from a plain checkout, and the side effects of importing the package, each in a new process."""
 import shutil
 import subprocess
 import sys
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code, cwd):
-    """Run code where the package is not importable by itself."""
+    """Run code in a process that does not find the package by itself."""
     return subprocess.run([sys.executable, '-I', '-c', code], cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
@@ -32,7 +32,7 @@ model = torch.hub.load(repo, "smpconv_mobile31", source="local", num_classes=5)
 assert sys.modules["timm_smpconv"].__file__.startswith(repo), sys.modules["timm_smpconv"].__file__
 assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
 sys.path.insert(0, repo)
-import hubconf  # torch.hub offers every callable of this module
+import hubconf  # torch.hub lists every callable of this module
 assert sorted(n for n, f in vars(hubconf).items() if callable(f)) == {sorted(MODELS)!r}
 '''
     result = python(code, tmp_path)
@@ -42,7 +42,7 @@ assert sorted(n for n, f in vars(hubconf).items() if callable(f)) == {sorted(MOD
 def test_importing_is_silent_and_needs_no_triton_nor_gpu():
     code = f'''
 import sys
-sys.modules['triton'] = None  # as where it is not installed
+sys.modules['triton'] = None  # as if it were not installed
 import timm
 before = set(sys.modules)
 sys.path.insert(0, {str(ROOT)!r})

@@ -1,4 +1,4 @@
-"""The Hub that the other tests talk to, as the real client sees it: what went in comes out, and faults show."""
+"""hub_server.py against the real client: uploads can be downloaded again, and faults raise its exceptions."""
 import hashlib
 import os
 import subprocess
@@ -25,7 +25,7 @@ WEIGHTS = bytes(range(256)) * 20
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """What the client would have slept, instead of sleeping."""
+    """Replaces the client's sleeping; holds the seconds it would have slept."""
     pauses = []
     monkeypatch.setattr(time, 'sleep', pauses.append)
     return pauses
@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def api(server, folder):
-    """The writer, who has uploaded the folder to a private repository."""
+    """The client of the writer, with the folder uploaded to a private repository."""
     api = HfApi(endpoint=server.url, token='hf_writer')
     api.create_repo(REPO, private=True)
     api.upload_folder(repo_id=REPO, folder_path=folder)
@@ -66,7 +66,7 @@ def snapshots(tmp_path):
     return [path.name for path in (tmp_path / 'cache').rglob('snapshots/*/*')]
 
 
-def test_what_is_uploaded_is_downloaded(server, api, folder, download):
+def test_uploads_are_downloaded_unchanged(server, api, folder, download):
     assert server.exists(REPO) and not server.exists('timm-smpconv/other')
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
     assert {path: download(path) for path in files} == files
@@ -108,7 +108,7 @@ def test_revisions_keep_their_files(server, api, download):
     assert status(error) == 412
 
 
-def test_what_is_not_there(api, download):
+def test_missing_files_revisions_and_repositories(api, download):
     with pytest.raises(EntryNotFoundError):
         download('none.json')
     with pytest.raises(RevisionNotFoundError):
@@ -123,7 +123,7 @@ def test_what_is_not_there(api, download):
     ('hf_stranger', 'alice/net', 403),
     ('hf_writer', REPO, 409),
 ])
-def test_who_may_create(server, api, token, repo, expected):
+def test_rights_to_create(server, api, token, repo, expected):
     with pytest.raises(HfHubHTTPError) as error:
         HfApi(endpoint=server.url, token=token).create_repo(repo)
     assert status(error) == expected
@@ -146,14 +146,14 @@ def test_rights(server, api, download):
 
 
 @pytest.mark.parametrize('card', ['# A net\n', '---\nlicense: [mit\n---\n', '---\nlicense: mine\n---\n'])
-def test_bad_cards_are_refused(server, api, folder, card):
+def test_bad_cards_are_rejected(server, api, folder, card):
     (folder / 'README.md').write_text(card)
     with pytest.raises(ValueError, match='Invalid metadata'):
         api.upload_folder(repo_id=REPO, folder_path=folder)
     assert server.files(REPO)['README.md'] == CARD.encode()
 
 
-def test_failed_uploads_are_repeated(server, api, folder, pauses):
+def test_failed_uploads_are_retried(server, api, folder, pauses):
     (folder / 'model.safetensors').write_bytes(b'new' * 1000)
     server.fail('PUT', '/lfs/', 503)
     api.upload_folder(repo_id=REPO, folder_path=folder)
@@ -161,7 +161,7 @@ def test_failed_uploads_are_repeated(server, api, folder, pauses):
     assert server.count('PUT', '/lfs/') == 1 + 2 and pauses == [1]
 
 
-def test_failed_commits_are_not_repeated(server, api, folder, pauses):
+def test_failed_commits_are_not_retried(server, api, folder, pauses):
     (folder / 'model.safetensors').write_bytes(b'new' * 1000)
     server.fail('POST', '/commit/', 500)
     with pytest.raises(HfHubHTTPError):
@@ -169,7 +169,7 @@ def test_failed_commits_are_not_repeated(server, api, folder, pauses):
     assert server.files(REPO)['model.safetensors'] == WEIGHTS and not pauses
 
 
-def test_failed_downloads_are_not_repeated(server, api, download, pauses):
+def test_failed_downloads_are_not_retried(server, api, download, pauses):
     server.fail('GET', 'model.safetensors', 500)
     with pytest.raises(HfHubHTTPError) as error:
         download()
@@ -192,7 +192,7 @@ def test_a_hub_that_is_down(server, api, download, pauses):
 @pytest.mark.parametrize('path', ['model.safetensors', 'README.md'])
 def test_cut_downloads_leave_no_file(server, api, download, pauses, tmp_path, path):
     server.cut(path, 10, times=100)
-    with pytest.raises(Exception, match='complete message body|IncompleteRead'):  # of httpx2, of requests
+    with pytest.raises(Exception, match=r'complete message body|IncompleteRead'):  # of httpx2, of requests
         download(path)
     assert not snapshots(tmp_path)
     server.repair()
@@ -200,11 +200,11 @@ def test_cut_downloads_leave_no_file(server, api, download, pauses, tmp_path, pa
 
 
 def test_cut_downloads_resume(server, api, download, pauses, monkeypatch):
-    monkeypatch.setattr(constants, 'DOWNLOAD_CHUNK_SIZE', 100)  # else what arrived of 10 MB is lost
+    monkeypatch.setattr(constants, 'DOWNLOAD_CHUNK_SIZE', 100)  # an incomplete chunk, 10 MB by default, is lost
     server.cut('model.safetensors', 1050)
     try:
         data = download()
-    except OSError:  # requests' error of a cut body, which 0.26 does not catch: it resumes when called again
+    except OSError:  # raised by requests for a cut body; 0.26 does not catch it, and resumes when called again
         data = download()
     assert data == WEIGHTS
     assert [seen[2] for seen in server.requests if seen[:1] == ('GET',) and '/cdn/' in seen[1]] == [200, 206]
@@ -213,7 +213,7 @@ def test_cut_downloads_resume(server, api, download, pauses, monkeypatch):
 def test_altered_files(server, api, download, tmp_path):
     same_size = WEIGHTS[:-1] + b'?'
     server.alter(REPO, 'model.safetensors', same_size)
-    assert download() == same_size  # the client compares sizes, not hashes
+    assert download() == same_size  # the client checks the size, not the hash
     for path in 'model.safetensors', 'README.md':
         server.alter(REPO, path, b'other size')
         with pytest.raises(OSError, match='Consistency check failed'):
@@ -225,7 +225,7 @@ def test_altered_files(server, api, download, tmp_path):
     assert api.model_info(REPO).sha != before
 
 
-def test_the_store_checks_what_it_gets(server, api):
+def test_the_store_checks_uploads(server, api):
     def put(data, **headers):
         url = f'{server.store_url}/lfs/{REPO}/{hashlib.sha256(b"abc").hexdigest()}/3'
         return urllib.request.urlopen(urllib.request.Request(url, data, headers, method='PUT')).status

@@ -1,4 +1,4 @@
-"""For pytest's `-p`: the built-in weights may be any, whatever was published."""
+"""For pytest's `-p`: accept any file as the built-in weights, also those whose hash is known."""
 from timm_smpconv.pretrained import BUILT_IN
 
 BUILT_IN.update(dict.fromkeys(BUILT_IN))

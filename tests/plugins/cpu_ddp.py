@@ -1,9 +1,8 @@
-"""For timm's train.py, by `--device-modules`: DistributedDataParallel on a CPU, its weights kept, BatchNorms that stay
-as they are.
+"""For timm's train.py, by `--device-modules`: DistributedDataParallel on a CPU, and BatchNorms that stay as they are.
 
-train.py always names a device to DistributedDataParallel, which refuses that on a CPU. Statistics of half a batch are
-not those of the whole, and SyncBatchNorm runs on GPUs only, so every BatchNorm normalises with its running statistics
-here. The weights at the end go to `$CPU_DDP_OUT/rank0.pt`, `rank1.pt`.
+train.py always passes a device to DistributedDataParallel, which raises on a CPU. The statistics of half a batch differ
+from those of the whole, and SyncBatchNorm needs a GPU, so every BatchNorm normalises with its running statistics here.
+At the end each process writes its weights to `$RANK_FILES/rank0.pt`, `rank1.pt`.
 """
 import atexit
 import os
@@ -17,8 +16,8 @@ _init = DistributedDataParallel.__init__
 
 def _without_device(self, module, device_ids=None, **kwargs):
     _init(self, module, **kwargs)
-    atexit.register(lambda: torch.save(
-        module.state_dict(), Path(os.environ['CPU_DDP_OUT'], f'rank{os.environ["RANK"]}.pt')))
+    path = Path(os.environ['RANK_FILES'], f'rank{os.environ["RANK"]}.pt')
+    atexit.register(lambda: torch.save(module.state_dict(), path))
 
 
 DistributedDataParallel.__init__ = _without_device

@@ -1,8 +1,7 @@
-"""For timm's train.py, by `--device-modules`: every epoch has the same images in the same order, on any number of
-processes.
+"""For timm's train.py, by `--device-modules`: the same images in the same order in every epoch.
 
-An update then sees the same images in two processes as in one with twice the batch, and in a resumed run as in one that
-was not stopped.
+An update then sees the same images in two processes as in one with twice the batch, and in a resumed run as in an
+uninterrupted one.
 """
 import random
 
