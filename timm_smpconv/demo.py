@@ -1,17 +1,16 @@
-"""The embedded demo: train on scikit-learn's real handwritten digits, merge, and show what changed.
+"""The demo: train on scikit-learn's real handwritten digits, merge, and show what changed.
 
 Shapes: images (B, 1, 48, 48), logits (B, 10).
 """
 import statistics
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple, cast
 
 import timm
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import create_loader, create_transform
 from timm.loss import LabelSmoothingCrossEntropy
@@ -20,9 +19,12 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed, reparameterize_model
 from tqdm import tqdm
 
+from .console import robust_output
 from .digits import digits
+from .files import replace_together
 from .plot import Points, draw_kernels
 
+FILES = ('model.safetensors', 'merged.safetensors', 'kernels.png')
 IMAGE_SIZE = 48
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
@@ -32,7 +34,7 @@ EMA_DECAY = 0.97
 
 
 class Digits(torch.utils.data.Dataset):
-    """Digits 8×8 as images; timm's loader sets `transform`."""
+    """The digits, 8×8, as images. timm's loader sets `transform`."""
 
     def __init__(self, training: bool):
         self.images, self.labels = digits(training)
@@ -45,19 +47,16 @@ class Digits(torch.utils.data.Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def _loaders() -> Tuple[torch.utils.data.DataLoader, torch.utils.data.DataLoader]:
-    shared = dict(input_size=(1, IMAGE_SIZE, IMAGE_SIZE), interpolation='bilinear', mean=(0.3,), std=(0.37,))
-    loaders = []
-    for training in (True, False):
-        dataset = Digits(training)
-        loader = create_loader(
-            dataset, shared['input_size'], BATCH_SIZE, is_training=training, use_prefetcher=False, num_workers=0,
-            persistent_workers=False)
-        dataset.transform = create_transform(
-            is_training=training, train_crop_mode='rkrr', scale=(0.7, 1.4), ratio=(0.8, 1.25), hflip=0.,
-            color_jitter=None, crop_pct=1., **shared)
-        loaders.append(loader)
-    return loaders[0], loaders[1]
+def _loader(dataset: Digits, training: bool) -> torch.utils.data.DataLoader:
+    shared: Dict[str, Any] = dict(
+        input_size=(1, IMAGE_SIZE, IMAGE_SIZE), interpolation='bilinear', mean=(0.3,), std=(0.37,), crop_pct=1.,
+        color_jitter=None)
+    loader = create_loader(
+        cast(Any, dataset), shared['input_size'], BATCH_SIZE, is_training=training, use_prefetcher=False, num_workers=0,
+        persistent_workers=False)
+    dataset.transform = create_transform(
+        is_training=training, train_crop_mode='rkrr', scale=(0.7, 1.4), ratio=(0.8, 1.25), hflip=0., **shared)
+    return loader
 
 
 @torch.inference_mode()
@@ -72,9 +71,9 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def _train(model: nn.Module, epochs: int, train: torch.utils.data.DataLoader, held_out) -> nn.Module:
-    """Returns the moving average of the trained model."""
+    """Train a model in place, and return the moving average of its weights as a model."""
     ema = ModelEmaV3(model, decay=EMA_DECAY)
-    optimizer = create_optimizer_v2(model, 'adamw', lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = create_optimizer_v2(model, 'smpadamw', lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, 'cosine', num_epochs=epochs, warmup_epochs=min(2, epochs - 1), warmup_lr=LEARNING_RATE / 20,
         min_lr=LEARNING_RATE / 100, step_on_epochs=False, updates_per_epoch=len(train))
@@ -104,7 +103,7 @@ def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def _milliseconds(models: List[nn.Module], x: torch.Tensor, rounds: int = 15) -> List[float]:
-    """Median time of a forward of each model, the models taking turns."""
+    """Median time of each model's forward pass. The models take turns."""
     times: List[List[float]] = [[] for _ in models]
     for _ in range(rounds + 2):
         for model, record in zip(models, times):
@@ -114,8 +113,8 @@ def _milliseconds(models: List[nn.Module], x: torch.Tensor, rounds: int = 15) ->
     return [statistics.median(record[2:]) for record in times]
 
 
-def _points(model: nn.Module) -> Dict[str, Points]:
-    """The points of channel 0 in the first kernel of each stage but the last, whose maps are tiny here."""
+def _points(model: Any) -> Dict[str, Points]:
+    """The points of channel 0 in the first kernel of each stage but the last, whose feature maps are tiny here."""
     return {
         f'stage {i}, channel 0': (
             *(p.detach().clone() for p in (kernel.coords, kernel.radius, kernel.weight[:, :1])), tuple(kernel.size))
@@ -125,40 +124,47 @@ def _points(model: nn.Module) -> Dict[str, Points]:
 def run(name: str, epochs: int, seed: int, out: Path) -> float:
     """Train model `name`, merge it, print a comparison, and write checkpoints and a picture to `out`.
 
+    All three files are written, or none: earlier ones stay as they are until then. They are written even if the reader
+    of the output has gone (`| head -n 1`).
+
     Returns:
         Held-out accuracy of the merged model.
 
     Raises:
-        OSError: `out` is no folder that can be written; found before training.
+        OSError: The files cannot be written to `out`. Found before training where possible.
+        KeyboardInterrupt: Interrupted by Ctrl-C, SIGTERM or SIGHUP. Its message says what was written.
     """
-    with _written_whole(Path(out)) as folder:
-        return _run(name, epochs, seed, Path(out), folder)
+    out = Path(out)
+    with robust_output():
+        with replace_together(out, FILES, _check_no_folder) as folder:
+            accuracy = _run(name, epochs, seed, folder)
+        print(f'wrote {", ".join(FILES[:-1])} and {FILES[-1]} to {out}/; to load:')
+        arguments = f'"{name}", num_classes=10, in_chans=1'
+        print(f'  timm.create_model({arguments}, checkpoint_path="{out / FILES[0]}")')
+        print(f'  timm.create_model({arguments}, inference_mode=True, checkpoint_path="{out / FILES[1]}")')
+    return accuracy
 
 
-@contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
-    """A folder whose files move to `out` at the end; what fails or is interrupted leaves nothing."""
-    made = [p for p in (out, *out.parents) if not p.exists()]
-    out.mkdir(parents=True, exist_ok=True)
+def _check_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} must be a file or not exist, got a folder')
+
+
+def _save(model: nn.Module, file: Path) -> None:
     try:
-        with tempfile.TemporaryDirectory(dir=out) as folder:
-            yield Path(folder)
-            for file in Path(folder).iterdir():
-                file.replace(out / file.name)
-    except BaseException:
-        for path in made:
-            if not any(path.iterdir()):
-                path.rmdir()
-        raise
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
+    except SafetensorError as error:  # the disk is full, for one
+        raise OSError(f'could not write {file.name}: {error}') from error
 
 
-def _run(name: str, epochs: int, seed: int, out: Path, folder: Path) -> float:
+def _run(name: str, epochs: int, seed: int, folder: Path) -> float:
     random_seed(seed)
-    train, held_out = _loaders()
+    datasets = Digits(training=True), Digits(training=False)
+    train, held_out = _loader(datasets[0], training=True), _loader(datasets[1], training=False)
     model = timm.create_model(name, num_classes=10, in_chans=1).to(memory_format=torch.channels_last)
     print(
-        f'{name} from scratch on {len(train.dataset):,} handwritten digits of {IMAGE_SIZE}×{IMAGE_SIZE}, '
-        f'{len(held_out.dataset)} held out; seed {seed}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+        f'{name} from scratch on {len(datasets[0]):,} handwritten digits of {IMAGE_SIZE}x{IMAGE_SIZE}, '
+        f'{len(datasets[1])} held out; seed {seed}, {torch.get_num_threads()} threads, torch {torch.__version__}')
     before = _points(model)
     start = time.perf_counter()
     model = _train(model, epochs, train, held_out)
@@ -168,7 +174,7 @@ def _run(name: str, epochs: int, seed: int, out: Path, folder: Path) -> float:
     merged = reparameterize_model(model.eval())
     (logits, labels), (merged_logits, _) = _logits(model, held_out), _logits(merged, held_out)
     moved = (merged_logits - logits).abs().max().item()
-    print(f'trained in {seconds:.0f} s; from here on with the moving average of the weights')
+    print(f'trained in {seconds:.0f} s; all that follows uses the moving average of the weights')
     print(f'merging moved the logits by at most {moved:.1e} ({moved / logits.abs().max().item():.1e} relative)')
     one = _channels_last(next(iter(held_out))[0])
     speed = [_milliseconds([model, merged], x) for x in (one[:1], one)]
@@ -179,11 +185,7 @@ def _run(name: str, epochs: int, seed: int, out: Path, folder: Path) -> float:
         print(f'{label:10}{_accuracy(z, labels):>10.2%}{parameters:>12,}{times}')
 
     figure = draw_kernels([('before', list(before.values())), ('after', list(after.values()))], list(before))
-    for file, network in (('model.safetensors', model), ('merged.safetensors', merged)):
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, folder / file)
-    figure.savefig(folder / 'kernels.png', dpi=120)
-    print(f'wrote model.safetensors, merged.safetensors and kernels.png to {out}/; to load:')
-    arguments = f'"{name}", num_classes=10, in_chans=1'
-    print(f'  timm.create_model({arguments}, checkpoint_path="{out / "model.safetensors"}")')
-    print(f'  timm.create_model({arguments}, inference_mode=True, checkpoint_path="{out / "merged.safetensors"}")')
+    for file, network in zip(FILES, (model, merged)):
+        _save(network, folder / file)
+    figure.savefig(folder / FILES[-1], dpi=120)
     return _accuracy(merged_logits, labels)

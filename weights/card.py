@@ -13,9 +13,9 @@ def model_card(model: str, tag: str, entry: Optional[Dict[str, Any]], facts: Dic
     Args:
         model: 'smpconv_tiny'.
         tag: 'in1k'.
-        entry: Of sources.yaml, if these weights are listed there.
-        facts: What was converted: 'parameters', 'merged', 'origin' (a sentence), 'published' (whether these are the
-            weights whose top-1 the entry gives; None if that is not known), 'num_classes', 'input_size', 'difference'.
+        entry: These weights' entry in sources.yaml, if there is one.
+        facts: What was converted: 'parameters', 'merged', 'origin' (a phrase), 'published' (whether these are the
+            weights whose top-1 the entry gives; None if not known), 'num_classes', 'input_size', 'difference'.
     """
     repo_id = entry['hub_id'] if entry and not facts['merged'] else f'ORG/{model}.{tag}'
     on_imagenet = tag.startswith('in1k')
@@ -30,22 +30,21 @@ def model_card(model: str, tag: str, entry: Optional[Dict[str, Any]], facts: Dic
     rows = [
         ('parameters', f'{facts["parameters"]:,}'),
         ('classes', facts['num_classes']),
-        ('evaluated at', '×'.join(str(n) for n in facts['input_size'][1:])),
+        ('evaluation image size', '×'.join(str(n) for n in facts['input_size'][1:])),
     ]
     if entry:
         if not facts['merged']:
-            rows.append(('GMACs at 224', entry['gmacs']))
-        rows.append(('top-1 on ImageNet-1k', _top1(entry, facts['published'])))
+            rows.append(('GMACs at 224×224', entry['gmacs']))
+        rows.append(('ImageNet-1k top-1 (%)', _top1(entry, facts['published'])))
     rows += [
         ('origin', facts['origin']),
-        ('logits differ from the origin\'s by', f'{facts["difference"]:.0e} relative'),
+        ('largest difference from the origin\'s logits', f'{facts["difference"]:.0e}, relative to the largest logit'),
     ]
     table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
     body = f'''# {model}.{tag}{" (merged)" if facts["merged"] else ""}
 
-An image classification model of SMPConv ([CVPR 2023]({PAPER})), whose large convolution \
-kernels are built from points that
-move during training.{_MERGED if facts["merged"] else ""}
+An SMPConv image classification model ([CVPR 2023]({PAPER})): its large convolution kernels are interpolated from points
+whose positions are learned.{_MERGED if facts["merged"] else ""}
 
 | | |
 |---|---|
@@ -53,7 +52,7 @@ move during training.{_MERGED if facts["merged"] else ""}
 
 ## Use
 
-The models come with the package `timm-smpconv`, which has to be imported first:
+The model is in the package `timm-smpconv`; import it first:
 
 ```python
 import timm
@@ -78,11 +77,11 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 _MERGED = '''
-Here each large kernel, the 5×5 branch beside it and every BatchNorm are merged into plain
-convolutions: the same logits, faster, for deployment; it cannot be trained further.'''
+Each large kernel, its parallel 5×5 branch and all BatchNorms are merged into plain convolutions: the same logits,
+faster. This model is for inference only and cannot be trained further.'''
 
 _MERGE = '''
-For deployment, merge each large kernel with the 5×5 branch beside it and all BatchNorms; the logits stay the same:
+For deployment, merge each large kernel with its parallel 5×5 branch and all BatchNorms. The logits stay the same:
 
 ```python
 merged = timm.utils.reparameterize_model(model)
@@ -92,12 +91,12 @@ merged = timm.utils.reparameterize_model(model)
 
 def _top1(entry: Dict[str, Any], published: Optional[bool]) -> str:
     if published:
-        return f'{entry["top1"]} {entry["top1_source"]}; not measured again'
+        return f'{entry["top1"]} {entry["top1_source"]}; not re-measured'
     if published is None:
-        return f'{entry["top1"]} {entry["top1_source"]}; that this is it was not verified, nor was it measured again'
+        return f'{entry["top1"]} {entry["top1_source"]}; not verified to be that checkpoint; accuracy not re-measured'
     return f'not measured for these weights; {entry["top1"]} {entry["top1_source"]}'
 
 
 def with_address(card: str, repo_id: str) -> str:
-    """The card, telling to load the model from there."""
+    """The card with the repository's name in the line that loads the model."""
     return re.sub(r'"hf-hub:[^"]+"', f'"hf-hub:{repo_id}"', card)

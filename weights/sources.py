@@ -1,24 +1,52 @@
-"""sources.yaml: reading it, and recording what became known without losing its comments; and the files of a folder."""
+"""sources.yaml: reads it, and records in it without losing its comments. Also the files of a folder of weights."""
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any, Dict
 
 import yaml
-from huggingface_hub.utils.sha import sha_fileobj
 
 FILES = ('README.md', 'config.json', 'model.safetensors')  # of a folder that convert.py writes and publish.py uploads
 SOURCES = Path(__file__).parent / 'sources.yaml'
+KEYS = (
+    'model', 'tag', 'origin', 'license', 'parameters', 'gmacs', 'top1', 'top1_source', 'hub_id', 'sha256', 'commit')
+
+
+class SourcesError(Exception):
+    """--sources is not such a file."""
 
 
 def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
-    """model.tag → its entry."""
-    return yaml.safe_load(path.read_text())
+    """model.tag → its entry.
+
+    Raises:
+        SourcesError: The file cannot be read, or an entry lacks one of KEYS or has a wrong one.
+    """
+    rule = f'--sources must be a YAML file that gives {", ".join(KEYS)} for each MODEL.TAG, got {path}'
+    try:
+        entries = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SourcesError(f'{rule}, which could not be read: {" ".join(str(error).split())}') from error
+    if not isinstance(entries, dict):
+        raise SourcesError(f'{rule} with {"nothing" if entries is None else f"a {type(entries).__name__}"} in it')
+    for name, entry in entries.items():
+        missing = [key for key in KEYS if key not in entry] if isinstance(entry, dict) else KEYS
+        if missing:
+            raise SourcesError(f'{rule}, where {name} lacks {", ".join(missing)}')
+        if entry['origin'] and not (isinstance(entry['origin'], dict) and 'sha256' in entry['origin']):
+            raise SourcesError(f'{rule}, where the origin of {name} lacks sha256')
+        if not isinstance(entry['hub_id'], str):
+            raise SourcesError(f'{rule}, where the hub_id of {name} is {entry["hub_id"]!r}')
+    return entries
 
 
 def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with Path(path).open('rb') as file:
-        return sha_fileobj(file).hex()
+        while chunk := file.read(2 ** 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def record(path: Path, name: str, values: Dict[str, str]) -> None:
@@ -27,7 +55,7 @@ def record(path: Path, name: str, values: Dict[str, str]) -> None:
     Raises:
         KeyError: There is no such entry or key.
     """
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
     at = {}  # key of the entry → its line
     inside = False
     for i, line in enumerate(lines):
@@ -38,5 +66,5 @@ def record(path: Path, name: str, values: Dict[str, str]) -> None:
     for key, value in values.items():
         lines[at[key]] = f'  {key}: {value}\n'
     part = path.with_suffix(f'.{os.getpid()}.part')
-    part.write_text(''.join(lines))
+    part.write_text(''.join(lines), encoding='utf-8')
     part.replace(path)

@@ -1,0 +1,41 @@
+"""Standard output and error of programs whose result must not depend on who reads them."""
+import os
+import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, Generator, TextIO, cast
+
+__all__ = ['robust_output']
+
+
+class _Robust:
+    """A text stream that drops what nobody reads, and escapes characters that its encoding lacks."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding or 'utf-8'
+        try:
+            self._stream.write(text.encode(encoding, 'backslashreplace').decode(encoding))
+            self._stream.flush()
+        except BrokenPipeError:  # from here on, and at exit, the stream writes to the null device
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+        return len(text)
+
+
+@contextmanager
+def robust_output() -> Generator[None, None, None]:
+    """Let the program go on where its output cannot: the reader has gone (`| head -n 1`), or knows ASCII only.
+
+    Example:
+        >>> with robust_output():
+        ...     print('48×48')
+        48×48
+    """
+    with redirect_stdout(cast(TextIO, _Robust(sys.stdout))), redirect_stderr(cast(TextIO, _Robust(sys.stderr))):
+        yield
