@@ -1,4 +1,6 @@
 """The modules against the oracle's loops; merging against the module itself before merging."""
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,8 @@ from reference import conv_loop, kernel_loop
 from timm.utils import reparameterize_model
 
 from timm_smpconv import RepSMPConv2d, SMPConv2d, SMPKernel
-from timm_smpconv.layers import ConvNorm, NormClassifierHead
+from timm_smpconv.layers import ConvNorm, DepthwiseConv2d, NormClassifierHead
+from timm_smpconv.merged import MergedConv2d, MergeError, merging_in_training_mode
 
 SHAPES = [  # (C, kernel_size, stride, padding, H, W)
     (3, 7, 1, 3, 9, 12),
@@ -78,11 +81,12 @@ def test_smp_conv2d_merges_into_a_conv2d_of_its_dtype(dtype):
     assert difference(merged(x), layer(x)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize('layer', [SMPConv2d(4, 4, 7, padding=3), RepSMPConv2d(4, 7)])
-def test_autocast_gives_the_low_precision_result(layer):
+@pytest.mark.parametrize('make', [partial(SMPConv2d, 4, 4, 7, padding=3), partial(RepSMPConv2d, 4, 7)])
+def test_autocast_gives_the_low_precision_result(make):
+    layer = make().eval()
     x = torch.randn(2, 4, 9, 9)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        actual = layer.eval()(x)
+        actual = layer(x)
     assert actual.dtype == torch.bfloat16
     assert difference(actual, layer(x)) < TOLERANCE[torch.bfloat16]
 
@@ -106,15 +110,32 @@ def test_rep_smp_conv2d_equals_the_loops_and_merges(k, small, h, w):
     assert difference(merged(x), expected) < TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize('act_layer', [None, nn.ReLU])
-@pytest.mark.parametrize('conv', [
-    nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=True), nn.Conv2d(4, 4, 5, padding=2, groups=4, bias=False)])
-def test_conv_norm_merges(conv, act_layer):
-    layer = shake_norms(ConvNorm(conv, act_layer)).eval()
-    x = torch.randn(2, conv.in_channels, 8, 9)
+class Lora(nn.Conv2d):
+    """A subclass that computes something else than its weight says."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('act_layer', [None, nn.ReLU, nn.SiLU, nn.PReLU])
+@pytest.mark.parametrize('make', [
+    partial(nn.Conv2d, 3, 5, 3, stride=2, padding=1, bias=True), partial(nn.Conv2d, 4, 4, 5, padding=2, groups=4, bias=False),
+    partial(SMPConv2d, 4, 4, 5)])
+def test_conv_norm_merges(make, act_layer):
+    layer = shake_norms(ConvNorm(make(), act_layer)).eval()
+    x = torch.randn(2, layer.conv.in_channels, 8, 9)
     merged = layer.fuse()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
+    assert not any(m.training for m in merged.modules())
     assert difference(merged(x), layer(x)) < TOLERANCE[torch.float32]
+
+
+def test_a_layer_whose_parts_are_merged_merges():
+    layer = shake_norms(RepSMPConv2d(4, 7)).eval()
+    x = torch.randn(2, 4, 8, 9)
+    parts = reparameterize_model(layer)  # a root stays, its children merge
+    assert isinstance(parts.large, MergedConv2d) and isinstance(parts.small, MergedConv2d)
+    assert difference(parts.fuse()(x), layer(x)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize('num_classes', [0, 5])
@@ -126,24 +147,47 @@ def test_head_merges_with_every_pooling(pool, num_classes):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
     for pre_logits in (False, True):
         assert difference(merged(x, pre_logits), head(x, pre_logits)) < TOLERANCE[torch.float32]
-    assert merged.norm_in_fc == (num_classes > 0 and pool in ('avg', 'fastavg', 'fast', ''))
+    assert torch.equal(merged.fc(merged(x, pre_logits=True)), merged(x))
     assert merged.fuse() is merged
+    built = NormClassifierHead(8, num_classes, pool, inference_mode=True)
+    built.load_state_dict(merged.state_dict())
+    assert torch.equal(built.eval()(x), merged(x))
 
 
-def test_a_classifier_of_its_own_keeps_its_norm_before_it():
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_a_classifier_of_its_own_sees_normalised_features(when):
     head = shake_norms(NormClassifierHead(8, 5)).eval()
-    head.fc = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).eval()
     x = torch.randn(2, 8, 3, 4)
-    merged = head.fuse()
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
-    assert difference(merged(x), head(x)) < TOLERANCE[torch.float32]
+    merged = head.fuse() if when == 'after' else head
+    merged.fc = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).eval()
+    expected = merged.fc(head.norm(x).mean((2, 3)))
+    assert difference(merged.fuse()(x), expected) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize('module', [
-    SMPConv2d(4, 4, 5), RepSMPConv2d(4, 7), ConvNorm(nn.Conv2d(3, 4, 1)), NormClassifierHead(8, 5)])
-def test_merging_in_training_mode_is_refused(module):
-    with pytest.raises(RuntimeError, match='merges in evaluation mode only, got a module in training mode'):
+MERGEABLE = [
+    partial(SMPConv2d, 4, 4, 5), partial(RepSMPConv2d, 4, 7), lambda: ConvNorm(nn.Conv2d(3, 4, 1)),
+    partial(NormClassifierHead, 8, 5)]
+
+
+@pytest.mark.parametrize('make', MERGEABLE)
+def test_merging_in_training_mode_is_refused_unless_it_is_allowed(make):
+    module = make()
+    expected = module.eval().fuse().state_dict()
+    with pytest.raises(MergeError, match='merges in evaluation mode only, got a module in training mode'):
         module.train().fuse()
+    with merging_in_training_mode():
+        merged = module.fuse()
+    assert all(torch.equal(v, expected[k]) for k, v in merged.state_dict().items())
+    with pytest.raises(MergeError, match='merges in evaluation mode only'):
+        module.fuse()
+
+
+@pytest.mark.parametrize('branch', ['large', 'small'])
+def test_a_norm_alone_in_training_mode_is_refused(branch):
+    layer = RepSMPConv2d(4, 7).eval()
+    layer.get_submodule(branch).bn.train()
+    with pytest.raises(MergeError, match=f'{branch}.bn merges in evaluation mode only'):
+        layer.fuse()
 
 
 def test_merging_draws_no_random_numbers_and_leaves_the_module_alone():
@@ -155,11 +199,57 @@ def test_merging_draws_no_random_numbers_and_leaves_the_module_alone():
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
-def test_a_batchnorm_without_statistics_cannot_merge():
-    layer = ConvNorm(nn.Conv2d(3, 4, 1)).eval()
-    layer.bn = nn.BatchNorm2d(4, track_running_stats=False).eval()
-    with pytest.raises(ValueError, match='needs running statistics'):
+REFUSED = {  # where: (what, message)
+    'large.bn': [
+        (partial(nn.BatchNorm2d, 4, track_running_stats=False), 'must have running statistics to be merged, got BatchNorm2d'),
+        (partial(nn.GroupNorm, 2, 4), r'must be a BatchNorm2d or an Identity to be merged, got GroupNorm\(2, 4'),
+        (partial(nn.InstanceNorm2d, 4, track_running_stats=True), 'must be a BatchNorm2d or an Identity .*got Inst'),
+    ],
+    'small.bn': [(partial(nn.LayerNorm, 4), 'must be a BatchNorm2d or an Identity .*got LayerNorm')],
+    'small.conv': [
+        (partial(nn.Conv2d, 4, 4, 5, padding=2, groups=4, padding_mode='reflect'), 'must be .*padded with zeros'),
+        (partial(nn.Conv2d, 4, 4, 5, padding='same', groups=4), 'must be .*padded with zeros'),
+        (partial(Lora, 4, 4, 5, padding=2, groups=4), 'must be an SMPConv2d or an nn.Conv2d .*got Lora'),
+        (nn.Identity, 'must be an SMPConv2d or an nn.Conv2d .*got Identity'),
+    ],
+    'small': [
+        (partial(nn.Conv2d, 4, 4, 3, padding=2, dilation=2, groups=4), 'must be a depthwise convolution that keeps'),
+        (partial(nn.Conv2d, 4, 4, 5, padding=2), 'must be a depthwise convolution that keeps'),
+        (partial(MergedConv2d, 4, 4, 5, 1, 2, groups=4, activation='relu'), 'must be an SMPConv2d or an nn.Conv2d'),
+    ],
+    'large.act': [(nn.SiLU, 'must be an Identity to be merged, got SiLU')],
+}
+
+
+@pytest.mark.parametrize('where,make,message', [(w, *case) for w, cases in REFUSED.items() for case in cases])
+def test_what_cannot_be_folded_is_refused_by_name(where, make, message):
+    layer = RepSMPConv2d(4, 7).eval()
+    layer.set_submodule(where, make().eval())
+    with pytest.raises(MergeError, match=f'^{where} {message}'):
         layer.fuse()
+
+
+def test_what_can_be_folded_is():
+    """A norm left out, a bias, a parametrisation, a convolution without its norm: against the layer itself."""
+    layer = shake_norms(RepSMPConv2d(4, 7))
+    layer.large.bn = nn.Identity()
+    layer.small.conv = nn.utils.parametrizations.weight_norm(DepthwiseConv2d(4, 3))
+    x = torch.randn(2, 4, 8, 9)
+    assert difference(layer.eval().fuse()(x), layer(x)) < TOLERANCE[torch.float32]
+    layer.small = DepthwiseConv2d(4, 5, bias=False)
+    assert difference(layer.eval().fuse()(x), layer(x)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize('x,error,message', [
+    (torch.zeros(4, 9, 9), ValueError, r'x must be \(B, 4, H, W\) .*got shape \[4, 9, 9\]'),
+    (torch.zeros(2, 3, 9, 9), ValueError, r'x must be \(B, 4, H, W\) .*got shape \[2, 3, 9, 9\]'),
+    (torch.zeros(2, 4, 9, 9, dtype=torch.uint8), TypeError, 'x must be floating point, got torch.uint8'),
+    ([0.], TypeError, 'x must be a tensor of shape .*got list'),
+])
+@pytest.mark.parametrize('padding', [0, 2])
+def test_bad_images_are_named(x, error, message, padding):
+    with pytest.raises(error, match=message):
+        SMPConv2d(4, 4, 5, padding=padding)(x)
 
 
 @pytest.mark.parametrize('make,message', [

@@ -381,7 +381,7 @@ def without(sd, key):
     (lambda sd: dict(sd, **{'head.weight': 3}), [], 'must hold an SMPConv model with its classifier'),
     (lambda sd: {'model': sd}, ['--weights', 'ema'], "weights must be 'model' for a checkpoint without"),
     (lambda sd: sd, ['--model', 'smpconv_mobile51'], 'instead of'),
-    (None, [], 'must be an existing checkpoint'),
+    (None, [], 'file must exist'),
     ('text', [], 'must be an undamaged weights-only checkpoint'),
 ])
 def test_nothing_is_left_of_a_checkpoint_that_cannot_be_converted(folder, change, options, message, tmp_path, capsys):

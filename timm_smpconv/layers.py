@@ -1,27 +1,54 @@
 """The modules around an SMP kernel, and how each merges into plain convolutions.
 
-Shapes: B batch, C channels, H and W height and width, K kernel size.
+Shapes: B batch, C channels, H and W height and width, K kernel size, O and I output and input channels.
 
-Every module with a `fuse` method follows timm's protocol (`timm.utils.reparameterize_model`): it returns the module
-that takes its place. It needs evaluation mode, leaves itself unchanged, and computes in float64 where the device has
-it.
+`fuse()` follows timm's protocol (`timm.utils.reparameterize_model`): it returns the module that takes the module's
+place and leaves the module itself unchanged. It computes in float64 where the device supports that. It raises
+`MergeError` in training mode, and for a part that it cannot fold exactly: one with a `forward` of its own, say.
 """
 from collections import OrderedDict
 from copy import deepcopy
-from typing import Callable, Optional, Tuple, Union
+from typing import Any, Callable, NamedTuple, Optional, Tuple, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d, to_2tuple
+from timm.layers import (
+    BatchNormAct2d,
+    DropPath,
+    FrozenBatchNormAct2d,
+    SelectAdaptivePool2d,
+    SyncBatchNormAct,
+    to_2tuple,
+)
+from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]  # torchvision carries no type hints
 
 from .kernel import SMPKernel
-from .merged import MergedBlock, MergedConv2d
+from .merged import MergedBlock, MergedConv2d, MergeError, check_mode, merge
 from .ops import depthwise_conv2d
 
-__all__ = ['ConvNorm', 'DepthwiseConv2d', 'NormClassifierHead', 'RepSMPConv2d', 'SMPConv2d', 'merged_block']
+__all__ = [
+    'ConvNorm', 'DepthwiseConv2d', 'NormClassifierHead', 'RepSMPConv2d', 'SMPConv2d', 'check_images', 'merged_block',
+    'odd_sizes']
 
 _int_or_pair = Union[int, Tuple[int, int]]
+
+
+@torch.fx.wrap
+def check_images(x: torch.Tensor, channels: int, least: int = 1) -> None:
+    """Raise an error unless x is (B, channels, H, W), floating point, with H and W at least `least`.
+
+    One node in an FX graph, and nothing in a trace.
+    """
+    if torch.jit.is_tracing():
+        return
+    if not torch.jit.is_scripting() and not isinstance(x, torch.Tensor):
+        raise TypeError(f'x must be a tensor of shape (B, {channels}, H, W), got {type(x).__name__}')
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] < least or x.shape[3] < least:
+        raise ValueError(f'x must be (B, {channels}, H, W) with H and W at least {least}, got shape {list(x.shape)}')
+    if not x.is_floating_point():
+        raise TypeError(f'x must be floating point, got {x.dtype}')
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -31,10 +58,10 @@ class DepthwiseConv2d(nn.Conv2d):
     """
 
     def __init__(self, channels: int, kernel_size: _int_or_pair, bias: bool = True, device=None, dtype=None):
-        kernel_size = _check_odd('kernel_size', kernel_size)
-        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+        size = _check_odd('kernel_size', kernel_size)
+        padding = (size[0] // 2, size[1] // 2)
         super().__init__(
-            channels, channels, kernel_size, padding=padding, groups=channels, bias=bias, device=device, dtype=dtype)
+            channels, channels, size, padding=padding, groups=channels, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return depthwise_conv2d(x, self.weight, self.bias)
@@ -58,6 +85,14 @@ class SMPConv2d(nn.Module):
         points: Number of points, K * K // 4 by default.
         radius: See `SMPKernel`.
         coords_std: See `SMPKernel`.
+
+    Example:
+        >>> import torch, timm_smpconv
+        >>> conv = timm_smpconv.SMPConv2d(8, 8, 31, padding=15).eval()  # for nn.Conv2d(8, 8, 31, padding=15, groups=8)
+        >>> conv(torch.randn(1, 8, 20, 30)).shape
+        torch.Size([1, 8, 20, 30])
+        >>> conv.fuse()
+        MergedConv2d(8, 8, kernel_size=(31, 31), stride=(1, 1), padding=(15, 15), groups=8, activation=none)
     """
 
     def __init__(
@@ -91,14 +126,15 @@ class SMPConv2d(nn.Module):
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
         self.in_channels = self.out_channels = self.groups = in_channels
         self.kernel_size = _check_odd('kernel_size', kernel_size)
-        self.stride = to_2tuple(stride)
+        self.stride: Tuple[int, int] = to_2tuple(stride)
+        same = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
         if isinstance(padding, str):
             if padding not in ('same', 'valid') or (padding == 'same' and self.stride != (1, 1)):
                 raise ValueError(f"padding must be numbers, 'valid' or, at stride 1, 'same', got {padding!r}")
-            padding = tuple(k // 2 for k in self.kernel_size) if padding == 'same' else 0
-        self.padding = to_2tuple(padding)
+            padding = same if padding == 'same' else 0
+        self.padding: Tuple[int, int] = to_2tuple(padding)
         self.dilation = (1, 1)
-        self.keeps_size = self.stride == (1, 1) and self.padding == tuple(k // 2 for k in self.kernel_size)
+        self.keeps_size = self.stride == (1, 1) and self.padding == same
         if points is None:
             points = max(1, self.kernel_size[0] * self.kernel_size[1] // 4)
         self.kernel = SMPKernel(in_channels, self.kernel_size, points, radius=radius, coords_std=coords_std, **dd)
@@ -109,6 +145,7 @@ class SMPConv2d(nn.Module):
         return self.kernel().transpose(0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_images(x, self.in_channels)
         weight = self.render().to(x.dtype)
         if self.keeps_size:
             return depthwise_conv2d(x, weight, self.bias)
@@ -117,8 +154,8 @@ class SMPConv2d(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """The same convolution as a plain `nn.Conv2d`."""
-        _refuse_training(self)
-        return _plain_conv(self, self.render(), self.bias)
+        check_mode(self)
+        return _values(self, '').build()
 
     def extra_repr(self) -> str:
         return (
@@ -127,7 +164,10 @@ class SMPConv2d(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution, its BatchNorm and, if given, an activation; merges into the convolution (and the activation)."""
+    """A convolution, its BatchNorm and, if given, an activation.
+
+    Merges into an `nn.Conv2d`, or into an `nn.Sequential` with the children `conv` and `act`.
+    """
 
     def __init__(
             self,
@@ -144,19 +184,15 @@ class ConvNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.bn(self.conv(x)))
 
-    def folded(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of the convolution with the BatchNorm folded in, in the merging precision."""
-        weight = self.conv.render() if isinstance(self.conv, SMPConv2d) else self.conv.weight
-        scale, shift = _affine(self.bn)
-        bias = shift if self.conv.bias is None else _exact(self.conv.bias) * scale + shift
-        return _exact(weight) * scale.reshape(-1, 1, 1, 1), bias
-
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """An `nn.Conv2d`, or an `nn.Sequential` with the children `conv` and `act`."""
-        _refuse_training(self)
-        conv = _plain_conv(self.conv, *self.folded())
-        return conv if isinstance(self.act, nn.Identity) else nn.Sequential(OrderedDict(conv=conv, act=self.act)).eval()
+        check_mode(self)
+        conv = _folded_conv_norm(self, '').build()
+        if isinstance(self.act, nn.Identity):
+            return conv
+        merged = nn.Sequential(OrderedDict(conv=conv, act=deepcopy(self.act)))
+        merged.training = False  # the activation keeps its mode
+        return merged
 
 
 class RepSMPConv2d(nn.Module):
@@ -169,6 +205,14 @@ class RepSMPConv2d(nn.Module):
         kernel_size: Size of the SMP kernel, odd.
         small_kernel: Size of the kernel beside it, odd, not larger than kernel_size.
         points: See `SMPConv2d`.
+
+    Example:
+        >>> import torch, timm_smpconv
+        >>> layer = timm_smpconv.RepSMPConv2d(8, 31).eval()
+        >>> layer(torch.randn(1, 8, 20, 30)).shape
+        torch.Size([1, 8, 20, 30])
+        >>> layer.fuse()
+        MergedConv2d(8, 8, kernel_size=(31, 31), stride=(1, 1), padding=(15, 15), groups=8, activation=none)
     """
 
     def __init__(
@@ -182,9 +226,7 @@ class RepSMPConv2d(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        large, small = _check_odd('kernel_size', kernel_size), _check_odd('small_kernel', small_kernel)
-        if small[0] > large[0] or small[1] > large[1]:
-            raise ValueError(f'small_kernel must not be larger than kernel_size = {large}, got {small}')
+        large, small = odd_sizes(kernel_size, small_kernel)
         padding = (large[0] // 2, large[1] // 2)
         conv = SMPConv2d(channels, channels, large, padding=padding, bias=False, points=points, **dd)
         self.large = ConvNorm(conv, **dd)
@@ -195,22 +237,29 @@ class RepSMPConv2d(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        _refuse_training(self)
-        weight, bias = self.large.folded()  # (C, 1, K, K), (C,)
-        small_weight, small_bias = self.small.folded()
-        dy, dx = [(k - s) // 2 for k, s in zip(weight.shape[2:], small_weight.shape[2:])]
-        weight = weight + F.pad(small_weight, (dx, dx, dy, dy))
-        return _plain_conv(self.large.conv, weight, bias + small_bias)
+        check_mode(self)
+        large, small = _folded(self.large, 'large'), _folded(self.small, 'small')
+        for name, branch in (('large', large), ('small', small)):
+            if not branch.is_same_depthwise():
+                raise _refused(branch.like, name, 'must be a depthwise convolution that keeps the size')
+        dy, dx = [(k - s) // 2 for k, s in zip(large.weight.shape[2:], small.weight.shape[2:])]
+        weight = large.weight + F.pad(small.weight, (dx, dx, dy, dy))
+        bias = large.bias if small.bias is None else small.bias if large.bias is None else large.bias + small.bias
+        return large._replace(weight=weight, bias=bias).build()
 
 
 class NormClassifierHead(nn.Module):
     """BatchNorm, global pooling, dropout and a linear classifier.
 
     (B, C, H, W) → (B, num_classes). With num_classes = 0 or `pre_logits`, (B, C). Without pooling the classifier is a
-    1×1 convolution and H and W remain.
+    1×1 convolution, and H and W remain.
 
-    Merged, the BatchNorm is folded into `fc` where that is exact: no pooling, or average pooling, which is linear.
-    `norm` then is the 1×1 depthwise convolution it equals, frozen, so that features stay what they were before merging.
+    In the merged head a 1×1 depthwise convolution takes the BatchNorm's place. It is not folded into `fc`, so that
+    `get_classifier`, `forward_head(pre_logits=True)` and an assigned `fc` mean the same before and after merging.
+
+    Args:
+        in_features: C.
+        inference_mode: Build the merged head.
     """
 
     def __init__(
@@ -219,129 +268,224 @@ class NormClassifierHead(nn.Module):
             num_classes: int,
             global_pool: str = 'avg',
             drop_rate: float = 0.,
+            inference_mode: bool = False,
             device=None,
             dtype=None,
     ):
+        dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.in_features = in_features
-        self.norm = nn.BatchNorm2d(in_features, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.BatchNorm2d(in_features, **dd)
+        if inference_mode:
+            self.norm = MergedConv2d(in_features, in_features, 1, groups=in_features, **dd)
+            nn.init.ones_(self.norm.weight)
         self.drop = nn.Dropout(drop_rate)
-        self.norm_in_fc = False
-        self.reset(num_classes, global_pool, device=device, dtype=dtype)
+        self.reset(num_classes, global_pool, **dd)
 
     def reset(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
-        """Put in place a new classifier, or none for num_classes = 0, and another pooling ('' for none) if given."""
+        """Replace the classifier by a new one, or none for num_classes = 0, and the pooling if given ('' for none)."""
         if num_classes < 0:
             raise ValueError(f'num_classes must be 0 (no classifier) or more, got {num_classes}')
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        self.global_pool: SelectAdaptivePool2d = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
         self.num_features = self.in_features * self.global_pool.feat_mult()
-        if num_classes == 0:
-            self.fc = nn.Identity()
-        else:
+        self.fc: nn.Module = nn.Identity()
+        if num_classes > 0:
+            dd = {'device': device, 'dtype': dtype}
             if pool_type:
-                self.fc = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype)
+                fc: Union[nn.Linear, nn.Conv2d] = nn.Linear(self.num_features, num_classes, **dd)
             else:
-                self.fc = nn.Conv2d(self.num_features, num_classes, 1, device=device, dtype=dtype)
-            nn.init.trunc_normal_(self.fc.weight, std=0.02)
-            nn.init.zeros_(self.fc.bias)
-        self.norm_in_fc = isinstance(self.norm, nn.Conv2d) and self._can_fold_norm()
+                fc = nn.Conv2d(self.num_features, num_classes, 1, **dd)
+            nn.init.trunc_normal_(fc.weight, std=0.02)
+            if fc.bias is not None:
+                nn.init.zeros_(fc.bias)
+            self.fc = fc
         self.train(self.training)
 
-    def _can_fold_norm(self) -> bool:
-        if self.global_pool.pool_type in ('avg', 'fast', 'fastavg'):
-            return isinstance(self.fc, nn.Linear)
-        return not self.global_pool.pool_type and isinstance(self.fc, nn.Conv2d)
-
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        if pre_logits or not self.norm_in_fc:
-            x = self.norm(x)
-        x = self.drop(self.global_pool(x))
+        x = self.drop(self.global_pool(self.norm(x)))
         return x if pre_logits else self.fc(x)
 
     @torch.no_grad()
     def fuse(self) -> 'NormClassifierHead':
-        if not hasattr(self.norm, 'running_var'):  # merged already, or pruned away
+        if isinstance(self.norm, (MergedConv2d, nn.Identity)):  # merged or pruned already
             return self
-        _refuse_training(self)
-        merged = deepcopy(self)
-        merged.norm_in_fc = self._can_fold_norm()
-        if merged.norm_in_fc:
-            weight, bias = _fold_norm_before(self.norm, _exact(self.fc.weight), _exact(self.fc.bias))
-            merged.fc.weight = nn.Parameter(weight.to(self.fc.weight.dtype))
-            merged.fc.bias = nn.Parameter(bias.to(self.fc.weight.dtype))
-        scale, shift = _affine(self.norm)
-        depthwise = nn.Conv2d(
+        check_mode(self)
+        norm: Any = self.norm
+        scale, shift = _affine(norm, 'norm', self.in_features)
+        like = nn.Conv2d(
             self.in_features, self.in_features, 1, groups=self.in_features,
-            device='meta', dtype=self.norm.running_var.dtype)
-        merged.norm = _plain_conv(depthwise, scale.reshape(-1, 1, 1, 1), shift).requires_grad_(False)
-        return merged.eval()
+            device='meta', dtype=norm.running_var.dtype)
+        merged = deepcopy(self)
+        merged.norm = _Convolution(like, scale.reshape(-1, 1, 1, 1), shift).build()
+        return merged
 
 
-def merged_block(block: nn.Module, activation: str) -> MergedBlock:
-    """What a block `x + drop_path(pw2(… pw1(norm(x))))` merges into, with an activation behind `pw1`."""
-    _refuse_training(block)
-    dwconv = nn.Identity()
-    if hasattr(block, 'dwconv'):
-        dwconv = block.dwconv.fuse()
-        dwconv.activation = activation
-    pw1 = _plain_conv(block.pw1.conv, *_fold_norm_before(block.norm, *block.pw1.folded()), activation)
-    return MergedBlock(pw1, dwconv, block.pw2.fuse())
+def merged_block(
+        block: Any,
+        act1: nn.Module,
+        dwconv: nn.Module,
+        act2: nn.Module,
+) -> MergedBlock:
+    """What a block `x + drop_path(pw2(act2(dwconv(act1(pw1(norm(x)))))))` merges into.
+
+    BatchNorms are folded into the 1×1 convolutions.
+
+    Args:
+        block: Has `norm`, `pw1`, `pw2` and `drop_path`.
+        act1: Kept as it is if a `MergedConv2d` cannot compute it; `act2` likewise.
+        dwconv: Merged if it has a `fuse` method, else kept as it is.
+        act2: See `act1`.
+
+    Raises:
+        MergeError: One of these cannot be folded exactly.
+    """
+    check_mode(block)
+    if _forward_of(block.drop_path) is DropPath.forward:
+        check_mode(block.drop_path, 'drop_path')
+    elif _forward_of(block.drop_path) is not nn.Identity.forward:
+        raise _refused(block.drop_path, 'drop_path', 'must be a DropPath or an Identity')
+    pw1, pw2 = _folded(block.pw1, 'pw1'), _folded(block.pw2, 'pw2')
+    if not pw1.is_pointwise():
+        raise _refused(pw1.like, 'pw1', 'must be a 1×1 convolution with stride 1 and without groups')
+    scale, shift = _affine(block.norm, 'norm', pw1.weight.shape[1], pw1.weight.device)
+    moved = pw1.weight.flatten(1) @ shift  # (O,)
+    pw1 = pw1._replace(
+        weight=pw1.weight * scale.reshape(1, -1, 1, 1), bias=moved if pw1.bias is None else pw1.bias + moved)
+    before, after = pw1.build(), pw2.build()
+    dwconv = merge(dwconv, 'dwconv') if hasattr(dwconv, 'fuse') else deepcopy(dwconv)
+    merged = MergedBlock(before, _absorb(before, act1), dwconv, _absorb(dwconv, act2), after)
+    merged.training = False  # parts that are kept stay in their mode
+    return merged
+
+
+def odd_sizes(kernel_size: _int_or_pair, small_kernel: _int_or_pair) -> Tuple[Tuple[int, int], Tuple[int, int]]:
+    """Both sizes of a `RepSMPConv2d` as pairs; raises a ValueError unless they are odd and the small one fits."""
+    large, small = _check_odd('kernel_size', kernel_size), _check_odd('small_kernel', small_kernel)
+    if small[0] > large[0] or small[1] > large[1]:
+        raise ValueError(f'small_kernel must not be larger than kernel_size = {large}, got {small}')
+    return large, small
 
 
 def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
-    size = to_2tuple(size)
-    if len(size) != 2 or any(k < 1 or k % 2 == 0 for k in size):
-        raise ValueError(f'{name} must be odd and positive, got {size}')
-    return tuple(size)
+    pair: Tuple[int, ...] = tuple(to_2tuple(size))
+    if len(pair) != 2 or any(k < 1 or k % 2 == 0 for k in pair):
+        raise ValueError(f'{name} must be odd and positive, got {pair}')
+    return pair[0], pair[1]
 
 
-def _refuse_training(module: nn.Module) -> None:
-    if module.training:
-        raise RuntimeError(
-            f'{type(module).__name__} merges in evaluation mode only, got a module in training mode: '
-            'call eval() on the model first')
+# Merging. A module is known by the `forward` that it runs: subclasses, and modules to which another forward was
+# assigned, may compute something else.
+_CONV_FORWARDS = (nn.Conv2d.forward, DepthwiseConv2d.forward, MergedConv2d.forward)
+_NORM_FORWARDS = (
+    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward,
+    BatchNormAct2d.forward, SyncBatchNormAct.forward, FrozenBatchNormAct2d.forward)
 
 
-def _exact(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    return x if x is None else x.to(torch.float32 if x.device.type == 'mps' else torch.float64)
+def _forward_of(module: nn.Module) -> Any:
+    return getattr(module.forward, '__func__', None)
 
 
-def _affine(bn: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift, each (C,), that a BatchNorm applies in evaluation mode, in the merging precision."""
-    if bn.running_var is None:
-        raise ValueError('a BatchNorm needs running statistics to be merged, got track_running_stats=False')
-    scale = (_exact(bn.running_var) + bn.eps).rsqrt()
-    if bn.weight is not None:
-        scale = scale * _exact(bn.weight)
-    shift = -_exact(bn.running_mean) * scale
-    return scale, shift if bn.bias is None else shift + _exact(bn.bias)
+def _refused(module: nn.Module, path: str, rule: str) -> MergeError:
+    kind = type(module).__name__
+    return MergeError(kind, f'{rule} to be merged, got {kind}({module.extra_repr()})', path)
 
 
-def _fold_norm_before(
-        bn: nn.Module,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
+class _Convolution(NamedTuple):
+    """Values in the merging precision of a convolution with the geometry and dtype of `like`."""
+    like: Union[nn.Conv2d, SMPConv2d]
+    weight: torch.Tensor  # (O, I / groups, K, K)
+    bias: Optional[torch.Tensor]  # (O,)
+
+    def is_pointwise(self) -> bool:
+        like = self.like
+        return self.weight.shape[2:] == (1, 1) and tuple(like.padding) == (0, 0) and like.stride == (1, 1) and (
+            like.groups == 1)
+
+    def is_same_depthwise(self) -> bool:
+        like = self.like
+        channels, inputs, k, l = self.weight.shape
+        return like.groups == channels and inputs == 1 and tuple(like.padding) == (k // 2, l // 2) and (
+            k % 2 == l % 2 == 1 and like.stride == like.dilation == (1, 1))
+
+    def build(self) -> MergedConv2d:
+        """The convolution in evaluation mode; draws no random numbers."""
+        like: Any = self.like
+        dtype = (like.kernel if isinstance(like, SMPConv2d) else like).weight.dtype
+        conv = MergedConv2d(
+            like.in_channels, like.out_channels, like.kernel_size, like.stride, like.padding, like.dilation,
+            like.groups, self.bias is not None, device='meta', dtype=dtype)
+        conv.weight = nn.Parameter(self.weight.detach().to(dtype))
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().to(dtype))
+        conv.training = False
+        return conv
+
+
+def _values(conv: Any, path: str) -> _Convolution:
+    bias = None if getattr(conv, 'bias', None) is None else _exact(conv.bias)
+    if _forward_of(conv) is SMPConv2d.forward:
+        return _Convolution(conv, _exact(conv.render()), bias)
+    plain = _forward_of(conv) in _CONV_FORWARDS and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str)
+    if not plain or getattr(conv, 'activation', 'none') != 'none':
+        raise _refused(conv, path, 'must be an SMPConv2d or an nn.Conv2d padded with zeros')
+    return _Convolution(conv, _exact(conv.weight), bias)
+
+
+def _folded(module: Any, path: str) -> _Convolution:
+    """The convolution that equals a convolution or a `ConvNorm` without activation."""
+    if _forward_of(module) is not ConvNorm.forward:
+        return _values(module, path)
+    if _forward_of(module.act) is not nn.Identity.forward:
+        raise _refused(module.act, f'{path}.act', 'must be an Identity')
+    return _folded_conv_norm(module, f'{path}.')
+
+
+def _folded_conv_norm(module: ConvNorm, prefix: str) -> _Convolution:
+    conv = _values(module.conv, f'{prefix}conv')
+    scale, shift = _affine(module.bn, f'{prefix}bn', len(conv.weight), conv.weight.device)
+    return conv._replace(
+        weight=conv.weight * scale.reshape(-1, 1, 1, 1), bias=shift if conv.bias is None else conv.bias * scale + shift)
+
+
+def _affine(
+        norm: Any,
+        path: str,
+        channels: int,
+        device: Optional[torch.device] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Weight (O, I) or (O, I, 1, 1) and bias (O,) of `layer(bn(x))` as one layer; exact where it pads nothing."""
-    scale, shift = _affine(bn)
-    moved = weight.flatten(1) @ shift
-    merged = (weight.flatten(1) * scale).reshape(weight.shape)
-    return merged, moved if bias is None else moved + bias
+    """Scale and shift, (C,) each, that a BatchNorm applies in evaluation mode, in the merging precision."""
+    if _forward_of(norm) is nn.Identity.forward:
+        return _exact(torch.ones(channels, device=device)), _exact(torch.zeros(channels, device=device))
+    if _forward_of(norm) not in _NORM_FORWARDS:
+        raise _refused(norm, path, 'must be a BatchNorm2d or an Identity')
+    for name in ('drop', 'act'):
+        part = getattr(norm, name, None)
+        if part is not None and _forward_of(part) is not nn.Identity.forward:
+            raise _refused(part, f'{path}.{name}', 'must be an Identity')
+    if norm.running_var is None:
+        raise _refused(norm, path, 'must have running statistics')
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # frozen ones never compute with the statistics of a batch
+        check_mode(norm, path)
+    scale = (_exact(norm.running_var) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * _exact(norm.weight)
+    shift = -_exact(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + _exact(norm.bias)
 
 
-def _plain_conv(
-        conv: Union[nn.Conv2d, SMPConv2d],
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        activation: str = 'none',
-) -> MergedConv2d:
-    """A convolution with the geometry and dtype of `conv`; draws no random numbers."""
-    dtype = (conv.kernel if isinstance(conv, SMPConv2d) else conv).weight.dtype
-    plain = MergedConv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-        bias is not None, activation)
-    plain.weight = nn.Parameter(weight.detach().to(dtype))
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().to(dtype))
-    return plain
+def _absorb(module: nn.Module, act: nn.Module) -> nn.Module:
+    """Let a `MergedConv2d` compute `act` if it can; returns the activation that is left to do."""
+    activation = None
+    if _forward_of(act) is nn.ReLU.forward:
+        activation = 'relu'
+    elif isinstance(act, nn.GELU) and _forward_of(act) is nn.GELU.forward and act.approximate == 'none':
+        activation = 'gelu'
+    if activation is None or not isinstance(module, MergedConv2d) or module.activation != 'none':
+        return deepcopy(act)
+    module.activation = activation
+    return nn.Identity().eval()
+
+
+def _exact(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float32 if x.device.type == 'mps' else torch.float64)

@@ -1,45 +1,145 @@
-"""What the blocks of a network merge into: plain convolutions, each with its activation.
+"""What layers and blocks merge into, and the rules of merging.
 
 Shapes: B batch, C channels, H and W height and width.
 """
-from typing import Optional, Tuple
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generator, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from .ops import ACTIVATIONS, PackedWeight, conv2d_in_steps, fused_conv2d
 
-__all__ = ['MergedBlock', 'MergedConv2d', 'prepack']
+__all__ = [
+    'MergeError', 'MergedBlock', 'MergedConv2d', 'check_mode', 'merge', 'merge_parts', 'merging_in_training_mode',
+    'prepack']
+
+_int_or_pair = Union[int, Tuple[int, int]]
+_training_is_allowed: ContextVar[bool] = ContextVar('_training_is_allowed', default=False)
+
+
+class MergeError(RuntimeError):
+    """A module cannot be merged exactly.
+
+    Args:
+        module: The class of the module.
+        reason: The rule it breaks and the value received.
+        path: Name of the module within the one that was to be merged.
+    """
+
+    def __init__(self, module: str, reason: str, path: str = ''):
+        super().__init__(module, reason, path)
+        self.module = module
+        self.reason = reason
+        self.path = path
+
+    def __str__(self) -> str:
+        return f'{self.path or self.module} {self.reason}'
+
+
+@contextmanager
+def merging_in_training_mode() -> Generator[None, None, None]:
+    """Let `fuse()` accept modules in training mode, in this thread or task.
+
+    Merging folds the running statistics in either mode. It normally raises in training mode, because a module then
+    computes with the statistics of the batch. timm's scripts merge before they call `eval()`.
+
+    Example:
+        >>> import timm, timm_smpconv
+        >>> model = timm.create_model('smpconv_mobile31', device='meta')
+        >>> with timm_smpconv.merged.merging_in_training_mode():
+        ...     merged = timm.utils.reparameterize_model(model).eval()
+    """
+    token = _training_is_allowed.set(True)
+    try:
+        yield
+    finally:
+        _training_is_allowed.reset(token)
+
+
+def check_mode(module: nn.Module, path: str = '') -> None:
+    """Raise `MergeError` if `module` is in training mode, outside `merging_in_training_mode`."""
+    if module.training and not _training_is_allowed.get():
+        raise MergeError(
+            type(module).__name__,
+            'merges in evaluation mode only, got a module in training mode: call eval() on the model first', path)
+
+
+def merge(module: Any, path: str) -> nn.Module:
+    """`module.fuse()`; errors name the module by its path."""
+    try:
+        return module.fuse()
+    except MergeError as error:
+        raise MergeError(error.module, error.reason, f'{path}.{error.path}'.rstrip('.')) from None
+
+
+def merge_parts(module: nn.Module, skip: str = '') -> None:
+    """Replace every part of `module` that has a `fuse` method by what that returns: all parts, or none if one raises.
+
+    `timm.utils.reparameterize_model` replaces one part after the other, and goes on into those it has replaced.
+
+    Args:
+        module: It is changed in place.
+        skip: Name of a child that is left alone.
+
+    Raises:
+        MergeError: A part cannot be merged.
+    """
+    merged = []
+
+    def visit(parent: nn.Module, prefix: str) -> None:
+        for name, child in parent.named_children():
+            if prefix + name == skip:
+                continue
+            if hasattr(child, 'fuse'):
+                merged.append((parent, name, merge(child, prefix + name)))
+            else:
+                visit(child, f'{prefix}{name}.')
+
+    visit(module, '')
+    for parent, name, part in merged:
+        setattr(parent, name, part)
 
 
 class MergedConv2d(nn.Conv2d):
-    """A convolution with zero padding and the activation behind it; adds `residual` if there is one.
+    """A convolution with zero padding, its activation, and the addition of a residual if one is given.
 
-    (B, C, H, W) → (B, out_channels, H', W'). In evaluation mode and without values: merging puts them in.
+    (B, C, H, W) → (B, out_channels, H', W').
 
     Args:
-        activation: 'none', 'relu' or 'gelu'.
+        activation: 'none', 'relu' or 'gelu', the exact one.
     """
+    stride: Tuple[int, int]
+    padding: Tuple[int, int]
+    dilation: Tuple[int, int]
 
     def __init__(
             self,
             in_channels: int,
             out_channels: int,
-            kernel_size: Tuple[int, int],
-            stride: Tuple[int, int] = (1, 1),
-            padding: Tuple[int, int] = (0, 0),
-            dilation: Tuple[int, int] = (1, 1),
+            kernel_size: _int_or_pair,
+            stride: _int_or_pair = 1,
+            padding: _int_or_pair = 0,
+            dilation: _int_or_pair = 1,
             groups: int = 1,
             bias: bool = True,
             activation: str = 'none',
+            device=None,
+            dtype=None,
     ):
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device='meta')
         if activation not in ACTIVATIONS:
             raise ValueError(f'activation must be one of {", ".join(ACTIVATIONS)}, got {activation!r}')
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype)
         self.activation = activation
         self.packed: Optional[PackedWeight] = None
-        self.eval()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to the start values of the unmerged network's convolutions."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor, residual: Optional[torch.Tensor] = None) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -55,26 +155,41 @@ class MergedConv2d(nn.Conv2d):
 
 
 class MergedBlock(nn.Module):
-    """`x + pw2(dwconv(pw1(x)))`, (B, C, H, W) → (B, C, H, W); feed-forward blocks have an `nn.Identity` as `dwconv`."""
+    """`x + pw2(act2(dwconv(act1(pw1(x)))))`, (B, C, H, W) → (B, C, H, W).
 
-    def __init__(self, pw1: MergedConv2d, dwconv: nn.Module, pw2: MergedConv2d):
+    An activation that a `MergedConv2d` computes itself is an `nn.Identity` here. Feed-forward blocks have no `dwconv`
+    and `act2`: they are `nn.Identity`, too.
+    """
+
+    def __init__(
+            self,
+            pw1: MergedConv2d,
+            act1: nn.Module,
+            dwconv: nn.Module,
+            act2: nn.Module,
+            pw2: MergedConv2d,
+    ):
         super().__init__()
         self.pw1 = pw1
+        self.act1 = act1
         self.dwconv = dwconv
+        self.act2 = act2
         self.pw2 = pw2
-        self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pw2(self.dwconv(self.pw1(x)), x)
+        y = self.act1(self.pw1(x))
+        y = self.act2(self.dwconv(y))
+        return self.pw2(y, x)
 
 
 def prepack(model: nn.Module) -> nn.Module:
-    """Freeze a merged model and let it keep a copy of its weights as oneDNN wants them, on a CPU with AVX-512.
+    """Freeze a merged model and let it cache its weights in oneDNN's format, on a CPU with AVX-512.
 
-    Without, they are copied at every forward pass. A copy is made at the first pass without gradients, and again when
-    the size of the input or the weights change. Changes that PyTorch does not count (in place through `.data` or NumPy,
-    by another process) are not seen: prepack again. The copies need as much memory as the weights. Weights that are made
-    to require gradients again are not kept; where `fused_conv2d` does not compute in one pass, nothing is.
+    Without prepacking, oneDNN converts the weights in every forward pass. A cached copy is made in the first pass
+    without gradients, and again when the size of the input or the weights change. Changes that PyTorch does not count
+    (in place through `.data` or NumPy, or by another process) go unnoticed: prepack again. The copies take as much
+    memory as the weights. Weights that require gradients again are not cached, and nothing is where `fused_conv2d`
+    does not compute in one pass.
 
     Args:
         model: Merged by `timm.utils.reparameterize_model`, or holding such models. It is changed in place.
@@ -83,7 +198,12 @@ def prepack(model: nn.Module) -> nn.Module:
         The model, its parameters without `requires_grad`.
 
     Raises:
-        ValueError: There is no merged convolution in the model.
+        ValueError: The model contains no merged convolution.
+
+    Example:
+        >>> import timm, timm_smpconv
+        >>> model = timm.create_model('smpconv_mobile31', inference_mode=True, device='meta').eval()
+        >>> model = timm_smpconv.prepack(model)
     """
     convolutions = [m for m in model.modules() if isinstance(m, MergedConv2d)]
     if not convolutions:

@@ -8,8 +8,9 @@ https://github.com/sangnekim/SMPConv. Written anew for timm.
 
 Shapes: B batch, C channels, H and W height and width.
 """
+from collections import OrderedDict
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -17,14 +18,24 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import FeatureListNet, build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # timm gives it no public name
-from timm.utils import reparameterize_model
 
 from .checkpoint import CheckedLoading, check_before_loading, checkpoint_filter_fn
 from .kernel import SMPKernel
-from .layers import ConvNorm, DepthwiseConv2d, NormClassifierHead, RepSMPConv2d, merged_block
+from .layers import (
+    ConvNorm,
+    DepthwiseConv2d,
+    NormClassifierHead,
+    RepSMPConv2d,
+    check_images,
+    merged_block,
+    odd_sizes,
+)
+from .merged import MergedBlock, MergedConv2d, merge, merge_parts
 from .pretrained import hub_id, prepare_pretrained
 
 __all__ = ['SMPConvNet']
+
+torch.fx.wrap('check_images')  # FX wraps a function in one module at a time
 
 
 class SMPBlock(nn.Module):
@@ -58,10 +69,24 @@ class SMPBlock(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """A `MergedBlock`, or this block if its convolutions are merged already."""
-        if not isinstance(self.pw1, ConvNorm):
-            return self
-        merged = merged_block(self, 'relu')
+        """The `MergedBlock` that computes the same."""
+        merged = merged_block(self, self.act1, self.dwconv, self.act2)
+        merged.register_load_state_dict_pre_hook(check_before_loading)
+        return merged
+
+    @staticmethod
+    def build_merged(dim: int, kernel_size: int, small_kernel: int = 5, device=None, dtype=None) -> MergedBlock:
+        """What a new block merges into, with start values of its own."""
+        dd = {'device': device, 'dtype': dtype}
+        size, _ = odd_sizes(kernel_size, small_kernel)
+        padding = (size[0] // 2, size[1] // 2)
+        merged = MergedBlock(
+            MergedConv2d(dim, dim, 1, activation='relu', **dd),
+            nn.Identity(),
+            MergedConv2d(dim, dim, size, padding=padding, groups=dim, activation='relu', **dd),
+            nn.Identity(),
+            MergedConv2d(dim, dim, 1, **dd),
+        )
         merged.register_load_state_dict_pre_hook(check_before_loading)
         return merged
 
@@ -84,32 +109,47 @@ class FeedForward(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """A `MergedBlock`, or this block if its convolutions are merged already."""
-        return merged_block(self, 'gelu') if isinstance(self.pw1, ConvNorm) else self
+        """The `MergedBlock` that computes the same."""
+        return merged_block(self, self.act, nn.Identity().eval(), nn.Identity().eval())
+
+    @staticmethod
+    def build_merged(dim: int, hidden_dim: int, device=None, dtype=None) -> MergedBlock:
+        """What a new block merges into, with start values of its own."""
+        dd = {'device': device, 'dtype': dtype}
+        return MergedBlock(
+            MergedConv2d(dim, hidden_dim, 1, activation='gelu', **dd),
+            nn.Identity(),
+            nn.Identity(),
+            nn.Identity(),
+            MergedConv2d(hidden_dim, dim, 1, **dd),
+        )
 
 
 class SMPStem(nn.ModuleList):
-    """Four convolutions in turn, (B, in_chans, H, W) → (B, dim, H / 4, W / 4), and the check of the network's input."""
+    """The check of the network's input, and layers that follow each other."""
 
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__([
-            _conv_norm_relu(in_chans, dim, 3, stride=2, **dd),
-            _conv_norm_relu(dim, dim, 3, groups=dim, **dd),
-            _conv_norm_relu(dim, dim, 1, **dd),
-            _conv_norm_relu(dim, dim, 3, stride=2, groups=dim, **dd),
-        ])
+    def __init__(self, in_chans: int, layers: Iterable[nn.Module], merged: bool = False):
+        super().__init__(layers)
         self.in_chans = in_chans
+        self.merged = merged
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _check_input(x, self.in_chans)
+        check_images(x, self.in_chans, 32)
         for layer in self:
             x = layer(x)
         return x
 
+    def fuse(self) -> 'SMPStem':
+        if self.merged:
+            return self
+        layers = [merge(m, f'stem.{i}') if hasattr(m, 'fuse') else m for i, m in enumerate(self)]
+        merged = SMPStem(self.in_chans, layers, merged=True)
+        merged.training = self.training
+        return merged
+
 
 class SMPStage(nn.Module):
-    """Downsampling by 2 (but in the first stage), then pairs of an SMP block and a feed-forward block.
+    """Downsampling by 2 (except in the first stage), then pairs of an SMP block and a feed-forward block.
 
     (B, in_dim, H, W) → (B, dim, ceil(H / 2), ceil(W / 2)), or (B, dim, H, W) in the first stage.
     """
@@ -123,6 +163,7 @@ class SMPStage(nn.Module):
             points: int,
             mlp_ratio: float,
             drop_path: Sequence[float],
+            inference_mode: bool = False,
             device=None,
             dtype=None,
     ):
@@ -130,16 +171,27 @@ class SMPStage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if in_dim is None else nn.Sequential(
-            _conv_norm_relu(in_dim, dim, 1, **dd),
-            _conv_norm_relu(dim, dim, 3, stride=2, groups=dim, **dd),
+            _conv_norm_relu(in_dim, dim, 1, inference_mode=inference_mode, **dd),
+            _conv_norm_relu(dim, dim, 3, stride=2, groups=dim, inference_mode=inference_mode, **dd),
         )
-        blocks = []
+        hidden_dim = int(dim * mlp_ratio)
+        blocks: List[nn.Module] = []
         for rate in drop_path:
-            blocks += [
-                SMPBlock(dim, kernel_size, small_kernel, points, rate, **dd),
-                FeedForward(dim, int(dim * mlp_ratio), rate, **dd),
-            ]
+            if inference_mode:
+                blocks += [
+                    SMPBlock.build_merged(dim, kernel_size, small_kernel, **dd),
+                    FeedForward.build_merged(dim, hidden_dim, **dd),
+                ]
+            else:
+                blocks += [
+                    SMPBlock(dim, kernel_size, small_kernel, points, rate, **dd),
+                    FeedForward(dim, hidden_dim, rate, **dd),
+                ]
         self.blocks = nn.Sequential(*blocks)
+
+    def reparameterize(self) -> None:
+        """Merge all parts in place, or none."""
+        merge_parts(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)
@@ -163,6 +215,7 @@ class SMPConvNet(CheckedLoading):
         drop_path_rate: Stochastic depth, rising linearly from 0 over the pairs of blocks.
         inference_mode: Build the merged architecture, into which a merged checkpoint loads.
     """
+    pretrained_cfg: Dict[str, Any]  # set by timm's builder
 
     def __init__(
             self,
@@ -195,27 +248,44 @@ class SMPConvNet(CheckedLoading):
             raise ValueError(f'mlp_ratio must leave a hidden channel in every stage, got {mlp_ratio}')
         if in_chans < 1:
             raise ValueError(f'in_chans must be at least 1, got {in_chans}')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be at least 0 and below 1, got {drop_path_rate}')
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.num_features = dims[-1]
 
-        self.stem = SMPStem(in_chans, dims[0], **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        layer = partial(_conv_norm_relu, inference_mode=inference_mode, device=device, dtype=dtype)
+        self.stem = SMPStem(in_chans, merged=inference_mode, layers=[
+            layer(in_chans, dims[0], 3, stride=2),
+            layer(dims[0], dims[0], 3, groups=dims[0]),
+            layer(dims[0], dims[0], 1),
+            layer(dims[0], dims[0], 3, stride=2, groups=dims[0]),
+        ])  # (B, in_chans, H, W) → (B, dims[0], H / 4, W / 4)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)  # a list for each stage
         self.stages = nn.Sequential(*[
             SMPStage(
                 dims[i - 1] if i else None, dims[i], kernel_sizes[i], small_kernel, points[i], mlp_ratio, rates[i],
-                **dd)
+                inference_mode, **dd)
             for i in range(4)
         ])
         self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2 ** i, module=f'stages.{i}') for i in range(4)]
-        self.head = NormClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
+        self.head = NormClassifierHead(dims[-1], num_classes, global_pool, drop_rate, inference_mode, **dd)
         self.head_hidden_size = self.head.num_features
-        self.apply(_init_weights)
-        if inference_mode:  # the merged architecture is what merging makes of this one
-            self.eval()
-            reparameterize_model(self, inplace=True)
-            self.train()
+        if not inference_mode:
+            self.apply(_init_weights)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # timm's tool replaces the children of a network one by one, the stem first, and never asks the network itself.
+        # The other parts merge here, so that one that cannot be merged leaves the whole network unmerged.
+        if isinstance(value, SMPStem) and value.merged:
+            merge_parts(self, skip='stem')
+        super().__setattr__(name, value)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Merge all parts in place, or none."""
+        self.stem = self.stem.fuse()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -237,7 +307,7 @@ class SMPConvNet(CheckedLoading):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
+        for stage in cast('Iterable[SMPStage]', self.stages):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -246,7 +316,7 @@ class SMPConvNet(CheckedLoading):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Put in place a new classifier (none for 0), and another pooling ('' for none) if given."""
-        like = self.stem[0].conv.weight
+        like = next(self.stem.parameters())
         self.head.reset(num_classes, global_pool, device=like.device, dtype=like.dtype)
         self.num_classes = num_classes
         self.head_hidden_size = self.head.num_features
@@ -317,11 +387,27 @@ class SMPFeatureListNet(CheckedLoading, FeatureListNet):
     """The default wrapper of a features_only model."""
 
 
-def _conv_norm_relu(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, groups: int = 1, **dd) -> ConvNorm:
+def _conv_norm_relu(
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        inference_mode: bool = False,
+        device=None,
+        dtype=None,
+) -> nn.Module:
+    """A `ConvNorm` with ReLU, or what it merges into."""
+    dd = {'device': device, 'dtype': dtype}
+    padding = kernel_size // 2
+    if inference_mode:
+        merged = MergedConv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, **dd)
+        return nn.Sequential(OrderedDict(conv=merged, act=nn.ReLU(inplace=True)))
+    conv: nn.Conv2d
     if groups == in_chs == out_chs and stride == 1:
         conv = DepthwiseConv2d(in_chs, kernel_size, bias=False, **dd)
     else:
-        conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd)
+        conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=False, **dd)
     return ConvNorm(conv, partial(nn.ReLU, inplace=True), **dd)
 
 
@@ -334,14 +420,6 @@ def _check_stages(**per_stage: Sequence[int]) -> None:
     for name, values in per_stage.items():
         if not isinstance(values, Sequence) or len(values) != 4 or min(values) < 1:
             raise ValueError(f'{name} must be four integers, one for each stage, all at least 1, got {values}')
-
-
-@torch.fx.wrap
-def _check_input(x: torch.Tensor, in_chans: int) -> None:
-    if torch.jit.is_tracing():
-        return
-    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] < 32 or x.shape[3] < 32:
-        raise ValueError(f'x must be (B, {in_chans}, H, W) with H and W at least 32, the stride, got shape {x.shape}')
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
