@@ -6,8 +6,8 @@ from typing import Any, Dict, Iterable, List
 
 import torch
 from timm.optim import OptimInfo
-from timm.optim._optim_factory import default_registry  # timm gives it no public name
 
+from .compat import register_optimizer
 from .kernel import live_kernels
 
 __all__ = ['SMPAdam', 'SMPAdamW', 'smp_param_groups']
@@ -77,6 +77,6 @@ class SMPAdam(torch.optim.Adam):
 
 
 for _name, _class in (('smpadamw', SMPAdamW), ('smpadam', SMPAdam)):
-    default_registry.register(OptimInfo(
+    register_optimizer(OptimInfo(
         name=_name, opt_class=_class, has_betas=True,
         description=f'torch.optim.{_class.__base__.__name__}; radii of SMP kernels at 0.1 × the learning rate'))

@@ -4,10 +4,10 @@ from typing import Any, Dict, Optional, Union
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.utils.sha import sha_fileobj
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
 from .checkpoint import CheckpointError, read_checkpoint, select_weights
+from .compat import file_sha256
 
 __all__ = ['BUILT_IN', 'hub_id', 'prepare_pretrained']
 
@@ -84,8 +84,7 @@ def _check(path: Path, cfg: PretrainedCfg, revision: str) -> None:
     """Compare a file of the cache with what was announced: the client compares sizes only."""
     blob = path.resolve()
     announced = blob.name if len(blob.name) == 64 else None  # known of large files, where the cache has links
-    with blob.open('rb') as file:
-        found = sha_fileobj(file).hex()
+    found = file_sha256(blob)
     if announced and found != announced:
         path.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)

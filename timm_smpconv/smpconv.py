@@ -16,10 +16,10 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices  # timm gives it no public name
 from timm.utils import reparameterize_model
 
 from .checkpoint import check_fit, checkpoint_filter_fn, say_merge_mismatch
+from .compat import feature_take_indices
 from .kernel import SMPKernel
 from .layers import ConvNorm, DepthwiseConv2d, NormClassifierHead, RepSMPConv2d, merged_block
 from .pretrained import hub_id, prepare_pretrained

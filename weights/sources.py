@@ -1,11 +1,11 @@
 """sources.yaml: reading it, and recording what became known without losing its comments; and the files of a folder."""
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any, Dict
 
 import yaml
-from huggingface_hub.utils.sha import sha_fileobj
 
 FILES = ('README.md', 'config.json', 'model.safetensors')  # of a folder that convert.py writes and publish.py uploads
 SOURCES = Path(__file__).parent / 'sources.yaml'
@@ -17,8 +17,11 @@ def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
 
 
 def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with Path(path).open('rb') as file:
-        return sha_fileobj(file).hex()
+        while chunk := file.read(2 ** 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def record(path: Path, name: str, values: Dict[str, str]) -> None:
