@@ -20,11 +20,11 @@ PAPER = {  # epochs, stochastic depth (appendix, 1.2 and 2.1)
 
 
 def settings(name):
-    return yaml.safe_load(recipe_path(name).read_text())
+    return yaml.safe_load(recipe_path(name).read_text(encoding='utf-8'))
 
 
 def authors_schedule(base, final, epochs, updates, warmup_epochs):
-    """The rate at every update: linear from 0, then half a cosine."""
+    """The learning rate at every update: linear from 0, then half a cosine."""
     warmup = warmup_epochs * updates
     rest = epochs * updates - warmup
     return [base * i / (warmup - 1) for i in range(warmup)] + [
@@ -33,6 +33,12 @@ def authors_schedule(base, final, epochs, updates, warmup_epochs):
 
 def test_there_is_one_for_every_model():
     assert set(recipe_names()) == set(MODELS) == set(PAPER)
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_train_py_can_read_it_in_any_locale(name):
+    with recipe_path(name).open(encoding='ascii') as file:  # as train.py opens it in the C locale
+        assert yaml.safe_load(file) == settings(name)
 
 
 @pytest.mark.parametrize('name', PAPER)

@@ -1,33 +1,53 @@
-"""`timm-smpconv run` and `digits`: finding, fetching and checking, with small scripts written here."""
+"""The commands `run`, `recipe` and `digits`, with small scripts written here."""
+import argparse
+import json
+import os
+import signal
+import stat
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import timm_smpconv_cli
+from timm_smpconv import recipe
 from timm_smpconv.__main__ import main
+from timm_smpconv.digits import write_digits
 from timm_smpconv.scripts import ScriptError, find_script, run_script
 
+# Two parsers, as timm's train.py has: the first finds the configuration, which sets defaults of the second.
 SCRIPT = '''
 import argparse, json, sys
-import timm
+import timm, yaml
+config_parser = argparse.ArgumentParser(add_help=False)
+config_parser.add_argument('-c', '--config')
 parser = argparse.ArgumentParser()
 parser.add_argument('data', nargs='?')
-parser.add_argument('-c', '--config')
-parser.add_argument('--data-dir')
-parser.add_argument('--dataset')
-parser.add_argument('--batch-size', '-b', type=int)
-parser.add_argument('--initial', dest='start')
+group = parser.add_argument_group('group')
+group.add_argument('--batch-size', '-b', type=int)
+group.add_argument('--initial', dest='start')
+timm.utils.add_bool_arg(parser, 'flip')
 parser.add_argument('--out')
-args = parser.parse_args()
+parser.set_defaults(func=print)
+config, rest = config_parser.parse_known_args()
+if config.config:
+    with open(config.config) as file:
+        parser.set_defaults(**yaml.safe_load(file))
+args = parser.parse_args(rest)
 if __name__ == '__main__':
     assert timm.is_model('smpconv_tiny') and 'smpadamw' in timm.optim.list_optimizers()
-    json.dump(dict(argv=sys.argv, path=sys.path[0]), open(args.out, 'w'))
+    settings = {key: value for key, value in vars(args).items() if key != 'func'}
+    json.dump(dict(settings, argv=sys.argv, path=sys.path[0]), open(args.out, 'w'))
 '''
 
 
@@ -41,24 +61,25 @@ def script(tmp_path):
 
 def test_runs_as_python_would(script, tmp_path):
     out = tmp_path / 'out.json'
-    before = sys.argv, list(sys.path)
+    before = sys.argv, sys.path, list(sys.path), argparse.ArgumentParser.set_defaults, yaml.SafeLoader
     assert main(['run', str(script), '--batch-size', '3', '--out', str(out)]) == 0
-    assert (sys.argv, sys.path) == before
-    assert f'"{script}", "--batch-size", "3"' in out.read_text() and f'"path": "{script.parent}"' in out.read_text()
+    assert (sys.argv, sys.path, list(sys.path), argparse.ArgumentParser.set_defaults, yaml.SafeLoader) == before
+    found = json.loads(out.read_text())
+    assert found['argv'] == [str(script), '--batch-size', '3', '--out', str(out)]
+    assert found['path'] == str(script.parent) and found['batch_size'] == 3
 
 
-@pytest.mark.parametrize('source', ['timm.utils', 'timm.utils.model'])
+@pytest.mark.parametrize('source', ['timm.utils', 'timm.utils.model', 'timm.models'])
 def test_scripts_may_merge_before_eval(tmp_path, source):
     path = tmp_path / 'merge.py'
     path.write_text(f'''
 import timm
 from {source} import reparameterize_model
-model = reparameterize_model(timm.create_model('smpconv_mobile31', num_classes=3))
+args = dict(depths=(1, 1, 1, 1), dims=(4, 4, 8, 8), kernel_sizes=(5, 5, 5, 5), num_classes=3)
+model = reparameterize_model(timm.create_model('smpconv_tiny', **args))
 assert not any('Norm' in type(m).__name__ for m in model.stages.modules())
 ''')
-    before = timm.utils.reparameterize_model, timm.utils.model.reparameterize_model
     run_script(path, [])
-    assert (timm.utils.reparameterize_model, timm.utils.model.reparameterize_model) == before
 
 
 def test_ways_to_find_it(script, tmp_path, monkeypatch):
@@ -72,6 +93,9 @@ def test_ways_to_find_it(script, tmp_path, monkeypatch):
         (checkout / name).write_text(SCRIPT)
     monkeypatch.setattr(timm, '__file__', str(checkout / 'timm' / '__init__.py'))
     assert find_script('show.py', environ) == checkout / 'show.py'
+    for folder in (tmp_path / 'nowhere', tmp_path, script):
+        with pytest.raises(ScriptError, match=f'TIMM_SCRIPTS must name a folder that holds show.py, got {folder}$'):
+            find_script('show.py', {**environ, 'TIMM_SCRIPTS': str(folder)})
 
 
 @pytest.fixture
@@ -96,7 +120,7 @@ def repository():
         thread.join()
 
 
-def test_fetches_once_whole_or_not_at_all(repository, tmp_path, capsys):
+def test_downloads_once_whole_or_not_at_all(repository, tmp_path, capsys):
     script = SCRIPT.encode()
     repository.answers = [
         (200, script, 100), (200, b'<html>Sign in</html>', None), (200, b'\0', None), (200, b'error', None),
@@ -112,58 +136,227 @@ def test_fetches_once_whole_or_not_at_all(repository, tmp_path, capsys):
     assert find_script('show.py', environ, source) == found and not repository.answers
 
 
-def test_the_four_ways_are_named_and_nothing_is_left(tmp_path):
+def test_the_other_ways_are_named_and_nothing_is_left(tmp_path):
     environ = {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
     with pytest.raises(ScriptError) as error:
         find_script('validate.py', environ, (tmp_path / 'nowhere').as_uri())
-    for way in ('Give its path', 'TIMM_SCRIPTS', 'a checkout of its repository', 'let it be fetched from'):
+    for way in ('could not be downloaded from', 'Give its path', 'TIMM_SCRIPTS', 'a checkout of its repository'):
         assert way in str(error.value)
     assert not [path for path in tmp_path.rglob('*') if path.is_file()]
-    with pytest.raises(ScriptError, match='there is no script no/such.py'):
-        find_script('no/such.py', environ)
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', '.py', 'no/such.py', 'a b', '-'])
+def test_names_that_no_script_has(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['run', name]) == 2
+    message = f"SCRIPT must be a file or the name of one of timm's scripts, got {name!r}"
+    assert capsys.readouterr().err == f'timm-smpconv run: {message}\n'
+
+
+@pytest.mark.parametrize('source,message', [
+    (b'x = (\n', 'never closed'), (b'x = "\xe9"\n', 'utf-8'), (b'x = 1\0\n', 'null bytes')])
+def test_a_script_that_is_not_python_code(source, message, tmp_path, capsys):
+    path = tmp_path / 'bad.py'
+    path.write_bytes(source)
+    assert main(['run', str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'timm-smpconv run: SCRIPT must be a file of Python code, got {path}: ')
+    assert message in error
+
+
+def test_an_error_in_the_script_is_its_own(tmp_path):
+    (tmp_path / 'broken.py').write_text('x = (')
+    (tmp_path / 'imports.py').write_text('import broken')
+    with pytest.raises(SyntaxError):
+        main(['run', str(tmp_path / 'imports.py')])
+    (tmp_path / 'latin.py').write_bytes(b'# -*- coding: latin-1 -*-\nraise ValueError("\xe9")')
+    with pytest.raises(ValueError, match='é'):
+        main(['run', str(tmp_path / 'latin.py')])
+
+
+def test_an_interrupted_script_may_have_written_something(tmp_path, capsys):
+    path = tmp_path / 'wait.py'
+    path.write_text('print("epoch 1")\nraise KeyboardInterrupt')
+    assert main(['run', str(path)]) == 130
+    assert capsys.readouterr() == ('epoch 1\n', '\ntimm-smpconv run: interrupted\n')
+
+
+FORMS = [['-c', '{}'], ['-c{}'], ['--config', '{}'], ['--config={}'], ['--conf', '{}'], ['-c', 'good.yaml', '-c', '{}']]
 
 
 @pytest.mark.parametrize('text,message', [
-    ('batch_size: 3\nbatchsize: 4\nmodle: x', 'must hold options of the script only, got batchsize, modle in'),
-    ('- 3', 'must be a YAML file of options and values'),
-    ('a: [', 'must be a YAML file that can be read'),
-    (None, 'must be a YAML file that can be read'),
+    ('batch_size: 3\nbatchsize: 4\nmodle: x', 'must hold options of the script only, got batchsize, modle'),
+    ('parser: x\nself: y', 'must hold options of the script only, got parser, self'),
+    ('batch_size: 3\nstart: x\nbatch_size: 4', 'the key batch_size stands twice'),
+    ('data: {a: 1, b: 2, a: 3}', 'the key a stands twice'),
+    ('a: [', 'must be a YAML file'),
 ])
-@pytest.mark.parametrize('form', [['-c', '{}'], ['--config={}']])
-def test_bad_configurations(script, tmp_path, text, message, form, capsys):
-    config, out = tmp_path / 'recipe.yaml', tmp_path / 'out.json'
-    if text is not None:
-        config.write_text(text)
-    assert main(['run', str(script), *[part.format(config) for part in form], '--out', str(out)]) == 2
-    assert message in capsys.readouterr().err and not out.exists()
+@pytest.mark.parametrize('form', FORMS, ids=' '.join)
+def test_bad_configurations(script, tmp_path, text, message, form, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('good.yaml').write_text('batch_size: 3')
+    Path('recipe.yaml').write_text(text)
+    assert main(['run', str(script), *[part.format('recipe.yaml') for part in form], '--out', 'out.json']) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('timm-smpconv run: a configuration must ') and message in error
+    assert not Path('out.json').exists()
 
 
-def test_good_configurations(script, tmp_path):
-    config = tmp_path / 'recipe.yaml'
-    config.write_text('batch_size: 3\nstart: x\ndata: y')
-    run_script(script, ['-c', str(config), '--out', str(tmp_path / 'out.json')])
-    assert (tmp_path / 'out.json').exists()
+@pytest.mark.parametrize('form', FORMS, ids=' '.join)
+def test_good_configurations(script, tmp_path, form, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('good.yaml').write_text('batch_size: 5')
+    Path('recipe.yaml').write_text(
+        'batch_size: 3\nstart: x\nflip: true\ndata: [{b: &b {a: 1}, c: {<<: *b, a: 2}}, {<<: *b, d: 3}]')
+    run_script(script, [*[part.format('recipe.yaml') for part in form], '--out', 'out.json'])
+    found = json.loads(Path('out.json').read_text())
+    assert (found['batch_size'], found['start'], found['flip']) == (3, 'x', True)
+    assert found['data'] == [{'b': {'a': 1}, 'c': {'a': 2}}, {'a': 1, 'd': 3}]
 
 
-def test_a_folder_of_images_that_does_not_exist(script, tmp_path, capsys):
-    assert main(['run', str(script), '--data-dir', str(tmp_path / 'none'), '--out', str(tmp_path / 'out')]) == 2
-    assert f'--data-dir must be a folder that exists, got {tmp_path / "none"}' in capsys.readouterr().err
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*'))
 
 
-def test_digits(tmp_path, capsys):
-    folder = tmp_path / 'data' / 'digits'
-    assert main(['digits', str(folder)]) == 0
-    assert '1797 images' in capsys.readouterr().out
+def check_digits(folder):
     data = load_digits()
-    train = sorted((folder / 'train').rglob('*.png'))
-    held_out = sorted((folder / 'validation').rglob('*.png'))
-    assert (len(train), len(held_out)) == (1437, 360)
+    train, held_out = (sorted((folder / split).rglob('*.png')) for split in ('train', 'validation'))
+    assert (len(train), len(held_out)) == (1437, 360) and len(tree(folder)) == 1797 + 2 * 10 + 2
     assert {p.parent.name for p in train} == {p.parent.name for p in held_out} == {str(i) for i in range(10)}
     for path, offset in ((train[70], 0), (held_out[3], 1437)):
         index = int(path.stem) + offset
         assert int(path.parent.name) == data.target[index]
         pixels = torch.from_numpy(np.array(Image.open(path)))
         assert torch.equal(pixels, torch.from_numpy(data.images[index] * 255 / 16).to(torch.uint8))
-    assert main(['digits', str(folder)]) == 1
-    assert f'DIR must not exist or be empty, got {folder}' in capsys.readouterr().err
-    assert [p.name for p in folder.parent.iterdir()] == ['digits']
+
+
+@pytest.mark.parametrize('given,real', [('a/b/c', 'a/b/c'), ('empty', 'empty'), ('link', 'empty'), ('.', '.')])
+def test_digits(given, real, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if real == 'empty':
+        Path('empty').mkdir()
+        Path('link').symlink_to('empty')
+    inode = Path(real).stat().st_ino if Path(real).exists() else None
+    before = os.umask(0o027)
+    try:
+        assert main(['digits', given]) == 0
+    finally:
+        os.umask(before)
+    assert capsys.readouterr().out == f'1797 images in {given}\n'
+    check_digits(Path(real))
+    # An existing folder stays the same one: a mount point or the current directory cannot be replaced.
+    assert inode in {None, Path(real).stat().st_ino}
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in Path(real).rglob('*') if path.is_dir()}
+    assert modes == {0o750} and stat.S_IMODE(Path(real, 'train/0/0000.png').stat().st_mode) == 0o640
+    assert main(['digits', given]) == 1
+    message = f'DIR must be an empty folder or a new one, got {given}, which holds '
+    assert capsys.readouterr().err.startswith(f'timm-smpconv digits: {message}')
+    check_digits(Path(real))
+
+
+def test_digits_returns_the_paths(tmp_path):
+    assert sorted(map(str, write_digits(tmp_path))) == sorted(map(str, tmp_path.rglob('*.png')))
+
+
+@pytest.mark.parametrize('given', ['file', 'file/below', 'dangling'])
+def test_digits_into_a_file(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('file').touch()
+    Path('dangling').symlink_to('nowhere')
+    assert main(['digits', given]) == 1
+    assert f'DIR must be an empty folder or a new one, got {given}, which is no folder' in capsys.readouterr().err
+    assert tree(tmp_path) == ['dangling', 'file']
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    monkeypatch.setattr('timm_smpconv.digits.digits', lambda training: ([Image.new('L', (8, 8))] * 3, [0, 1, 1]))
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError('No space left on device')])
+@pytest.mark.parametrize('owner,name,calls', [
+    (Image.Image, 'save', 4), (Path, 'rename', 0), (Path, 'rename', 1), (Path, 'rename', 2)])
+@pytest.mark.parametrize('given', ['a/b', 'empty'])
+def test_digits_stopped_leaves_nothing(error, owner, name, calls, given, few_digits, tmp_path, monkeypatch, capsys):
+    """Stopped before the first call, and behind each of them."""
+    (tmp_path / 'empty').mkdir()
+    original, count = getattr(owner, name), 0
+
+    def stops(self, *args, **kwargs):
+        nonlocal count
+        if calls:
+            original(self, *args, **kwargs)
+        count += 1
+        if count >= calls:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stops)
+        assert main(['digits', str(tmp_path / given)]) == (130 if error is KeyboardInterrupt else 1)
+    said = '\ntimm-smpconv digits: interrupted\n' if error is KeyboardInterrupt else f'timm-smpconv digits: {error}\n'
+    assert capsys.readouterr() == ('', said) and tree(tmp_path) == ['empty']
+
+
+def test_digits_of_two_at_once_are_those_of_one(few_digits, tmp_path, monkeypatch, capsys):
+    """The other one has put its `train` in place when this one wants to: it keeps it."""
+    original = Path.rename
+
+    def late(self, target):
+        Path(target).mkdir()
+        Path(target, 'theirs').touch()
+        original(self, target)
+
+    monkeypatch.setattr(Path, 'rename', late)
+    assert main(['digits', str(tmp_path)]) == 1
+    assert 'Directory not empty' in capsys.readouterr().err
+    assert tree(tmp_path) == ['train', 'train/theirs']
+
+
+@pytest.mark.parametrize('buffering', [0, -1])
+@pytest.mark.parametrize('argument', ['recipe', '--version'])
+def test_a_reader_that_leaves(argument, buffering, monkeypatch, capsys):
+    closed, pipe = os.pipe()
+    os.close(closed)
+    stdout = TextIOWrapper(os.fdopen(pipe, 'wb', buffering), write_through=not buffering)
+    monkeypatch.setattr(sys, 'stdout', stdout)
+    if argument == '--version':
+        with pytest.raises(SystemExit, match='0'):
+            main([argument])
+    else:
+        assert main([argument]) == 0
+    stdout.close()  # as Python does at its end; raises if something is left to write
+    assert capsys.readouterr().err == ''
+
+
+def test_a_path_that_standard_output_has_no_characters_for(tmp_path, monkeypatch):
+    folder = tmp_path / 'Rezepte für ImageNet'
+    folder.mkdir()
+    (folder / 'x.yaml').touch()
+    monkeypatch.setattr(recipe, '_FOLDER', folder)
+    monkeypatch.setattr(sys, 'stdout', TextIOWrapper(BytesIO(), encoding='ascii'))
+    assert main(['recipe', 'x']) == 0
+    assert sys.stdout.buffer.getvalue() == os.fsencode(folder / 'x.yaml') + b'\n'
+
+
+def test_an_interrupt_while_torch_is_imported(tmp_path):
+    project = Path(__file__).parent.parent / 'pyproject.toml'
+    assert 'timm-smpconv = "timm_smpconv_cli:main"' in project.read_text(encoding='utf-8')
+    (tmp_path / 'torch.py').write_text('import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)')
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get('PYTHONPATH')])])
+    result = subprocess.run(
+        [sys.executable, '-c', 'import timm_smpconv_cli; timm_smpconv_cli.main()'], capture_output=True,
+        env=dict(os.environ, PYTHONPATH=path),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background shells ignore it
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b'', b'')
+
+
+@pytest.mark.parametrize('handler', [signal.default_int_handler, signal.SIG_IGN])
+def test_the_entry_point_leaves_interrupts_as_they_were(handler, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['timm-smpconv', 'recipe'])
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        assert timm_smpconv_cli.main() == 0
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert 'smpconv_tiny' in capsys.readouterr().out

@@ -23,7 +23,7 @@ from timm.utils import reparameterize_model
 
 from timm_smpconv.digits import write_digits
 from timm_smpconv.recipe import recipe_names, recipe_path
-from timm_smpconv.scripts import ScriptError, find_script
+from timm_smpconv.scripts import ScriptError, find_script, run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group('scripts')]
 
@@ -113,9 +113,10 @@ def images(folder):
     return paths, torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
 
 
-@pytest.mark.parametrize('name', recipe_names())
-def test_recipes_hold_only_options_of_train_py(scripts, name):
-    assert 'usage:' in run(scripts, 'train.py', '-c', recipe_path(name), '--help')
+def test_our_recipes_hold_options_of_train_py_only(scripts):
+    for name in recipe_names():
+        with pytest.raises(SystemExit, match='0'):
+            run_script(scripts / 'train.py', ['-c', str(recipe_path(name)), '--help'])  # which reads the recipe first
 
 
 def checkpoints(folder):

@@ -1,6 +1,8 @@
 """The command line: `timm-smpconv` or `python -m timm_smpconv`."""
 import argparse
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable, List, Optional
 
@@ -26,23 +28,26 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     recipe = commands.add_parser('recipe', help="print the path of a recipe for timm's train.py -c")
-    recipe.add_argument('name', nargs='?', metavar='NAME', help='one of those that are listed without a name')
+    recipe.add_argument('name', nargs='?', metavar='NAME', help='without it, the names of all recipes are listed')
     recipe.set_defaults(run=_recipe)
 
-    run = commands.add_parser('run', help="run a script of timm's with these models and optimizers registered")
-    run.add_argument('script', metavar='SCRIPT', help='a path, or a name such as validate.py')
-    run.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS')
+    run = commands.add_parser('run', help="run one of timm's scripts with these models and optimizers registered")
+    run.add_argument(
+        'script', metavar='SCRIPT',
+        help='a path, or a name such as validate.py: taken from the folder TIMM_SCRIPTS if that is set, else from a '
+        'checkout of timm or the cache, else downloaded')
+    run.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='arguments of the script')
     run.set_defaults(run=_run)
 
     digits = commands.add_parser('digits', help='write real handwritten digits as folders of images')
-    digits.add_argument('folder', type=Path, metavar='DIR', help='must not exist or be empty')
+    digits.add_argument('folder', type=Path, metavar='DIR', help='an empty folder or a new one')
     digits.set_defaults(run=_digits)
     return parser
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.lstrip('-').isdecimal() or not low <= int(text) <= high:
+        if not text.removeprefix('-').isdecimal() or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f'must be an integer from {low} to {high}, got {text!r}')
         return int(text)
 
@@ -60,18 +65,21 @@ def _demo(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f'timm-smpconv demo: --out must be a folder that can be written: {error}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(str(error) or 'nothing was written') from error
     return 0
 
 
 def _recipe(args: argparse.Namespace) -> int:
     if args.name is None:
-        print('\n'.join(recipe_names()))
+        _print('\n'.join(recipe_names()))
         return 0
     try:
-        print(recipe_path(args.name))
+        path = recipe_path(args.name)
     except ValueError as error:
         print(f'timm-smpconv recipe: {error}', file=sys.stderr)
         return 2
+    _print(str(path))
     return 0
 
 
@@ -91,21 +99,40 @@ def _digits(args: argparse.Namespace) -> int:
         print(f'timm-smpconv digits: {error.name} is missing; it comes with the extra "demo"', file=sys.stderr)
         return 1
     try:
-        images = sum(1 for _ in write_digits(args.folder))
+        images = write_digits(args.folder)
     except OSError as error:
         print(f'timm-smpconv digits: {error}', file=sys.stderr)
         return 1
-    print(f'{images} images in {args.folder}')
+    _print(f'{len(images)} images in {args.folder}')
     return 0
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    args = _parser().parse_args(argv)
+def _print(text: str) -> None:
+    """Print a line that may hold a path, which the encoding of standard output may lack characters for."""
+    with suppress(BrokenPipeError):  # raised here if standard output is unbuffered, else in _flush
+        sys.stdout.buffer.write(os.fsencode(f'{text}\n'))
+
+
+def _flush() -> None:
+    """Flush standard output. If the reader of the pipe has left (`timm-smpconv recipe | head`), drop the rest."""
     try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    command = ''
+    try:
+        args = _parser().parse_args(argv)
+        command = f' {args.command}'
         return args.run(args)
-    except KeyboardInterrupt:
-        print(f'\ntimm-smpconv {args.command}: interrupted, nothing was written', file=sys.stderr)
+    except KeyboardInterrupt as error:
+        details = f', {error}' if str(error) else ''
+        print(f'\ntimm-smpconv{command}: interrupted{details}', file=sys.stderr)
         return 130
+    finally:
+        _flush()
 
 
 if __name__ == '__main__':

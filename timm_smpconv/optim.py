@@ -15,9 +15,9 @@ from weakref import proxy
 import torch
 import torch.nn as nn
 from timm.optim import OptimInfo
-from timm.optim._optim_factory import default_registry  # timm gives it no public name
 from torch.optim import Optimizer
 
+from .compat import register_optimizer
 from .kernel import SMPKernel, check_points, live_kernels
 
 __all__ = ['SMPAdam', 'SMPAdamW', 'add_point_rules', 'smp_param_groups']
@@ -237,6 +237,6 @@ class SMPAdamW(SMPAdam, torch.optim.AdamW):
 
 
 for _name, _class, _base in (('smpadamw', SMPAdamW, torch.optim.AdamW), ('smpadam', SMPAdam, torch.optim.Adam)):
-    default_registry.register(OptimInfo(
+    register_optimizer(OptimInfo(
         name=_name, opt_class=_class, has_betas=True,
         description=f'torch.optim.{_base.__name__}; radii of SMP kernels at 0.1 × the learning rate'))

@@ -5,11 +5,11 @@ from typing import Any, Dict, Optional, Tuple, Type, Union
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
 from .checkpoint import CheckpointError, check_archive, count_classes, read_checkpoint, select_weights
+from .compat import file_sha256
 
 __all__ = ['BUILT_IN', 'hub_id', 'prepare_pretrained']
 
@@ -140,8 +140,7 @@ def _verify_download(path: Path, cfg: PretrainedCfg, revision: str) -> None:
     """Compare the hash of a cached file with what was announced (the client compares sizes only); remove a bad file."""
     blob = path.resolve()
     announced = blob.name if len(blob.name) == 64 else None  # the name of a large file, where the cache has links
-    with blob.open('rb') as file:
-        found = sha_fileobj(file).hex()
+    found = file_sha256(blob)
     if announced and found != announced:
         path.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)

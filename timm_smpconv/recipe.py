@@ -1,4 +1,4 @@
-"""The recipes: YAML files with which timm's `train.py -c FILE` repeats the paper's training."""
+"""The recipes: YAML files with which timm's `train.py -c FILE` reproduces the paper's training."""
 from pathlib import Path
 from typing import List
 
@@ -8,6 +8,13 @@ _FOLDER = Path(__file__).parent / 'recipes'
 
 
 def recipe_names() -> List[str]:
+    """The names of the recipes, which are those of the models.
+
+    Example:
+        >>> from timm_smpconv.recipe import recipe_names
+        >>> 'smpconv_tiny' in recipe_names()
+        True
+    """
     return sorted(path.stem for path in _FOLDER.glob('*.yaml'))
 
 
@@ -16,6 +23,11 @@ def recipe_path(name: str) -> Path:
 
     Raises:
         ValueError: There is no such recipe.
+
+    Example:
+        >>> from timm_smpconv.recipe import recipe_path
+        >>> recipe_path('smpconv_tiny').name
+        'smpconv_tiny.yaml'
     """
     if name not in recipe_names():
         raise ValueError(f'name must be one of {", ".join(recipe_names())}, got {name!r}')

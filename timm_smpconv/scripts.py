@@ -1,18 +1,18 @@
-"""timm's own scripts, which are not in its wheel, run with this package's models and optimizers registered."""
-import ast
+"""Runs timm's own scripts, which its wheel does not contain, with this package's models and optimizers registered."""
+import argparse
 import os
 import runpy
 import sys
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Set
+from typing import Any, List, Mapping
+from unittest import mock
 
 import timm
-import timm.utils.model
-import torch
 import yaml
-from timm.utils import reparameterize_model
+
+from .merged import merging_in_training_mode
 
 __all__ = ['ScriptError', 'find_script', 'run_script']
 
@@ -20,50 +20,57 @@ SOURCE = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models'
 
 
 class ScriptError(Exception):
-    """A script that is not found, or arguments that cannot be right."""
+    """A script was not found or is not Python code, or its configuration is wrong."""
 
 
 def find_script(name: str, environ: Mapping[str, str] = os.environ, source: str = SOURCE) -> Path:
-    """A script of timm by its path or bare name.
+    """Find one of timm's scripts by its path or name.
+
+    A name such as 'validate.py' is looked up in the folder `$TIMM_SCRIPTS` and nowhere else if that is set. Otherwise
+    it is looked up beside timm, where timm is installed from a checkout, then in the user's cache. A script that is in
+    neither is downloaded into the cache from timm's repository at the installed version.
 
     Args:
-        name: A path; or a name such as 'validate.py', looked for in the folder `$TIMM_SCRIPTS`, beside timm where timm
-            is installed from a checkout, and in the user's cache, into which it is fetched from timm's repository at
-            the installed version, whole or not at all.
-        environ: Where TIMM_SCRIPTS and XDG_CACHE_HOME are looked up.
-        source: Address of the repository's files: SOURCE/v1.0.31/validate.py.
+        name: A path, or a name with or without '.py'.
+        environ: Gives TIMM_SCRIPTS and XDG_CACHE_HOME.
+        source: Address of the repository's files; SOURCE/v1.0.31/validate.py is one.
 
     Raises:
-        ScriptError: None of these ways leads to it.
+        ScriptError: The script was not found.
     """
     if Path(name).is_file():
         return Path(name)
-    if Path(name).name != name:
-        raise ScriptError(f'there is no script {name}')
-    name = name if name.endswith('.py') else f'{name}.py'
-    cache = Path(environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_smpconv' / f'timm-{timm.__version__}'
-    folders = [Path(environ['TIMM_SCRIPTS'])] if environ.get('TIMM_SCRIPTS') else []
+    stem = name.removesuffix('.py')
+    if not stem.isidentifier():
+        raise ScriptError(f"SCRIPT must be a file or the name of one of timm's scripts, got {name!r}")
+    name = f'{stem}.py'
+    if environ.get('TIMM_SCRIPTS'):
+        path = Path(environ['TIMM_SCRIPTS'], name)
+        if not path.is_file():
+            raise ScriptError(f'TIMM_SCRIPTS must name a folder that holds {name}, got {environ["TIMM_SCRIPTS"]}')
+        return path
     checkout = Path(timm.__file__).parent.parent
-    folders += [checkout] if (checkout / 'train.py').is_file() else []
-    for folder in [*folders, cache]:
+    cache = Path(environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_smpconv' / f'timm-{timm.__version__}'
+    for folder in ([checkout] if (checkout / 'train.py').is_file() else []) + [cache]:
         if (folder / name).is_file():
             return folder / name
     url = f'{source}/v{timm.__version__}/{name}'
     try:
-        _fetch(url, cache / name)
-    except (OSError, HTTPException, SyntaxError, ValueError) as error:  # the last of null bytes
+        _download(url, cache / name)
+    except (OSError, HTTPException, SyntaxError, ValueError) as error:  # ValueError: null bytes
         raise ScriptError(
-            f'{name} was not found. Give its path; or put the folder that holds it into TIMM_SCRIPTS; or install timm '
-            f'from a checkout of its repository; or let it be fetched from {url}, which failed: {error}') from error
+            f'{name} was not found, and could not be downloaded from {url}: {error}. Give its path, set TIMM_SCRIPTS '
+            'to the folder that holds it, or install timm from a checkout of its repository') from error
     return cache / name
 
 
-def _fetch(url: str, path: Path) -> None:
-    print(f'fetching {url}', file=sys.stderr)
+def _download(url: str, path: Path) -> None:
+    print(f'downloading {url}', file=sys.stderr)
     with urllib.request.urlopen(url, timeout=60) as response:
-        source = response.read()  # of one piece, so that a connection that ends early is an error
-    if not any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(ast.parse(source))):
-        raise SyntaxError('not a script')  # but the page of a proxy
+        source = response.read()  # in one piece: raises if the connection ends early
+    compile(source, url, 'exec')
+    if b'import ' not in source:
+        raise SyntaxError('not a script')  # but a page of a proxy, say
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f'.{os.getpid()}.part')
     try:
@@ -77,70 +84,53 @@ def _fetch(url: str, path: Path) -> None:
 def run_script(path: Path, args: List[str]) -> None:
     """Run a script as `python PATH ARGS` would, with this package imported.
 
+    There are two differences. The script may merge a model before it calls `eval()`, as timm's do for `--reparam`.
+    And a configuration, such as the one that timm's train.py reads for `-c FILE`, must hold options of the script only,
+    each once; the script alone would ignore a misspelled one and train without it.
+
     Raises:
-        ScriptError: The configuration or the folder of images among the arguments cannot be right.
+        ScriptError: The script is not Python code, or its configuration is wrong.
     """
-    check_arguments(path, args)
-    before = sys.argv, sys.path[:], timm.utils.reparameterize_model
-    sys.argv, sys.path[:] = [str(path), *args], [str(path.parent), *sys.path]
-    timm.utils.reparameterize_model = timm.utils.model.reparameterize_model = _merge
     try:
-        runpy.run_path(str(path), run_name='__main__')
-    finally:
-        sys.argv, sys.path[:], timm.utils.reparameterize_model = before
-        timm.utils.model.reparameterize_model = before[2]
+        compile(path.read_bytes(), path, 'exec')
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ScriptError(f'SCRIPT must be a file of Python code, got {path}: {error}') from error
+    with (
+        mock.patch.object(sys, 'argv', [str(path), *args]),
+        mock.patch.object(sys, 'path', [str(path.parent), *sys.path]),
+        mock.patch.object(argparse.ArgumentParser, 'set_defaults', _set_known_defaults),
+        mock.patch.object(yaml, 'SafeLoader', _UniqueKeyLoader),
+        merging_in_training_mode(),
+    ):
+        try:
+            runpy.run_path(str(path), run_name='__main__')
+        except yaml.YAMLError as error:
+            raise ScriptError(f'a configuration must be a YAML file with unique keys, got: {error}') from error
 
 
-def _merge(model: torch.nn.Module, inplace: bool = False) -> torch.nn.Module:
-    """What timm's scripts call for --reparam: before they call eval(), without which our modules refuse to merge."""
-    return reparameterize_model(model.eval(), inplace=inplace)
+_set_defaults = argparse.ArgumentParser.set_defaults
 
 
-def check_arguments(path: Path, args: List[str]) -> None:
-    """Find what a script would notice late or never: unknown keys of a configuration, a folder that does not exist."""
-    config = _value(args, '-c', '--config')
-    settings: Dict[str, Any] = {}
-    if config is not None:
-        settings = read_recipe(Path(config), _options(path))
-    folder = _value(args, '--data-dir') or settings.get('data_dir')
-    named = _value(args, '--dataset') or settings.get('dataset') or ''
-    if folder and not Path(folder).is_dir() and '/' not in named:
-        raise ScriptError(f'--data-dir must be a folder that exists, got {folder}')
+def _set_known_defaults(parser: argparse.ArgumentParser, /, **settings: Any) -> None:
+    """`ArgumentParser.set_defaults`, to which timm's train.py passes its configuration. Refuses unknown options."""
+    options = {action.dest for action in parser._actions}  # argparse has no public list of them
+    unknown = sorted(
+        name for name, value in settings.items()
+        if name not in options and not callable(value))  # set_defaults(func=...) is how programs choose a subcommand
+    if unknown:
+        raise ScriptError(f'a configuration must hold options of the script only, got {", ".join(unknown)}')
+    _set_defaults(parser, **settings)
 
 
-def read_recipe(path: Path, options: Set[str]) -> Dict[str, Any]:
-    """The settings of a YAML file, all of which must be among a script's options."""
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ScriptError(f'--config must be a YAML file that can be read, got {path}: {error}') from error
-    if not isinstance(settings, dict):
-        raise ScriptError(f'--config must be a YAML file of options and values, got {path}')
-    unknown = sorted(str(key) for key in settings if key not in options)
-    if options and unknown:
-        raise ScriptError(f'--config must hold options of the script only, got {", ".join(unknown)} in {path}')
-    return settings
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a mapping with a key that stands twice, which `yaml.SafeLoader` accepts against the specification."""
 
-
-def _value(args: List[str], *names: str) -> Optional[str]:
-    for i, arg in enumerate(args):
-        if arg in names and i + 1 < len(args):
-            return args[i + 1]
-        for name in names:
-            if name.startswith('--') and arg.startswith(f'{name}='):
-                return arg[len(name) + 1:]
-    return None
-
-
-def _options(path: Path) -> Set[str]:
-    """The names under which a script keeps the arguments that it adds to its parsers."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.Call) or getattr(node.func, 'attr', '') not in ('add_argument', 'add_bool_arg'):
-            continue
-        names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-        dest = [k.value.value for k in node.keywords if k.arg == 'dest' and isinstance(k.value, ast.Constant)]
-        long = [n for n in names if n.startswith('--')] or names
-        if dest or long:
-            found.add(dest[0] if dest else long[0].lstrip('-').replace('-', '_'))
-    return found
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(None, None, f'the key {key.value} stands twice', key.start_mark)
+                seen.add((key.tag, key.value))
+        return node

@@ -17,9 +17,9 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import FeatureListNet, build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices  # timm gives it no public name
 
 from .checkpoint import CheckedLoading, check_before_loading, checkpoint_filter_fn
+from .compat import feature_take_indices
 from .kernel import SMPKernel
 from .layers import (
     ConvNorm,

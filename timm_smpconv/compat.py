@@ -1,0 +1,95 @@
+"""Small things that timm and Python's standard library do not offer under a public name.
+
+This is the only module that imports private names of timm. Each function says what happens when its name is gone.
+"""
+import hashlib
+import logging
+from pathlib import Path
+from typing import List, Optional, Tuple, Union
+
+import torch
+from timm.optim import OptimInfo
+
+__all__ = ['feature_take_indices', 'file_sha256', 'register_optimizer']
+
+_logger = logging.getLogger(__name__)
+
+
+def register_optimizer(info: OptimInfo) -> None:
+    """Register an optimizer with timm, so that `create_optimizer_v2` and `train.py --opt` find it by name.
+
+    timm's registry is private. If it is gone, this logs a warning: the optimizer's class works as before, and timm
+    raises its own error for the name.
+
+    Example:
+        >>> import torch
+        >>> from timm.optim import OptimInfo, get_optimizer_class
+        >>> from timm_smpconv.compat import register_optimizer
+        >>> register_optimizer(OptimInfo(name='plain', opt_class=torch.optim.SGD))
+        >>> get_optimizer_class('plain', bind_defaults=False)
+        <class 'torch.optim.sgd.SGD'>
+    """
+    try:
+        from timm.optim._optim_factory import default_registry
+    except ImportError as error:
+        _logger.warning(
+            'timm has no optimizer named %s: its registry was not found (%s). Use the class %s instead',
+            info.name, error, getattr(info.opt_class, '__name__', info.opt_class))
+        return
+    default_registry.register(info)
+
+
+def feature_take_indices(
+        num_features: int,
+        indices: Optional[Union[int, List[int]]] = None,
+) -> Tuple[List[int], int]:
+    """Resolve the `indices` of `forward_intermediates`, as timm does. Can be compiled by TorchScript.
+
+    Args:
+        num_features: Number of features to choose from.
+        indices: The last n for an integer, all for None, else a list; negative ones count from the end.
+
+    Returns:
+        The chosen indices, counted from 0, and the largest of them.
+
+    Raises:
+        ValueError: An index is out of range, or none is chosen.
+
+    Example:
+        >>> from timm_smpconv.compat import feature_take_indices
+        >>> feature_take_indices(4, [0, -2])
+        ([0, 2], 2)
+        >>> feature_take_indices(4, 3)
+        ([1, 2, 3], 3)
+    """
+    if indices is None:
+        indices = num_features
+    if isinstance(indices, int):
+        if not 0 < indices <= num_features:
+            raise ValueError(f'indices must be from 1 to {num_features}, got {indices}')
+        taken = list(range(num_features - indices, num_features))
+    else:
+        taken = torch.jit.annotate(List[int], [])
+        for index in indices:
+            if not -num_features <= index < num_features:
+                raise ValueError(f'indices must be from {-num_features} to {num_features - 1}, got {index}')
+            taken.append(index % num_features)
+        if len(taken) == 0:
+            raise ValueError('indices must name at least one feature, got an empty list')
+    return taken, max(taken)
+
+
+def file_sha256(path: Union[str, Path]) -> str:
+    """The SHA-256 of a file in hexadecimal (`hashlib.file_digest` needs Python 3.11).
+
+    Example:
+        >>> import os
+        >>> from timm_smpconv.compat import file_sha256
+        >>> file_sha256(os.devnull)[:16]
+        'e3b0c44298fc1c14'
+    """
+    digest = hashlib.sha256()
+    with Path(path).open('rb') as file:
+        while chunk := file.read(2 ** 20):
+            digest.update(chunk)
+    return digest.hexdigest()
