@@ -2,10 +2,12 @@
 
 State dicts have the layout of the authors' ImageNet code (smp_imagenet/models/SMPConv.py).
 """
+from typing import Any, Dict
+
 import torch
 import torch.nn.functional as F
 
-CONFIGS = {
+CONFIGS: Dict[str, Dict[str, Any]] = {
     'smpconv_tiny': dict(
         depths=(2, 2, 8, 2), dims=(96, 192, 384, 768), kernels=(31, 29, 27, 13), divisor=4, ratio=4),
     'smpconv_base': dict(

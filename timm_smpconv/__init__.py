@@ -5,9 +5,14 @@ Importing this package registers them and their optimizers: `create_model("smpco
 from .checkpoint import CheckpointError as CheckpointError
 from .kernel import SMPKernel as SMPKernel, render_kernel as render_kernel
 from .layers import RepSMPConv2d as RepSMPConv2d, SMPConv2d as SMPConv2d
-from .merged import prepack as prepack
-from .ops import depthwise_conv2d as depthwise_conv2d
-from .optim import SMPAdam as SMPAdam, SMPAdamW as SMPAdamW
+from .merged import MergeError as MergeError, prepack as prepack
+from .ops import depthwise_conv2d as depthwise_conv2d, use_backend as use_backend
+from .optim import (
+    SMPAdam as SMPAdam,
+    SMPAdamW as SMPAdamW,
+    add_point_rules as add_point_rules,
+    smp_param_groups as smp_param_groups,
+)
 from .smpconv import SMPConvNet as SMPConvNet
 
 __version__ = '0.1.0'
