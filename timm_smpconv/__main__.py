@@ -108,9 +108,12 @@ def _digits(args: argparse.Namespace) -> int:
 
 
 def _print(text: str) -> None:
-    """Print a line that may hold a path, which the encoding of standard output may lack characters for."""
+    """Print a line that may hold a path, for whose characters standard output may have no encoding."""
     with suppress(BrokenPipeError):  # raised here if standard output is unbuffered, else in _flush
-        sys.stdout.buffer.write(os.fsencode(f'{text}\n'))
+        try:
+            print(text)
+        except UnicodeEncodeError:
+            sys.stdout.buffer.write(os.fsencode(f'{text}\n'))
 
 
 def _flush() -> None:

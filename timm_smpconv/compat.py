@@ -22,12 +22,9 @@ def register_optimizer(info: OptimInfo) -> None:
     raises its own error for the name.
 
     Example:
-        >>> import torch
-        >>> from timm.optim import OptimInfo, get_optimizer_class
-        >>> from timm_smpconv.compat import register_optimizer
-        >>> register_optimizer(OptimInfo(name='plain', opt_class=torch.optim.SGD))
-        >>> get_optimizer_class('plain', bind_defaults=False)
-        <class 'torch.optim.sgd.SGD'>
+        >>> import timm, timm_smpconv  # which registers its optimizers
+        >>> timm.optim.get_optimizer_info('smpadamw').opt_class is timm_smpconv.SMPAdamW
+        True
     """
     try:
         from timm.optim._optim_factory import default_registry

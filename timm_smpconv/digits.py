@@ -90,7 +90,7 @@ def _write_whole(folder: Path) -> List[Path]:
     except BaseException:
         for split in SPLITS:
             if complete and not (staging / split).exists():  # it was moved, so the one in `folder` is ours
-                shutil.rmtree(folder / split)
+                shutil.rmtree(folder / split, ignore_errors=True)
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return written
