@@ -406,12 +406,12 @@ COORDS = 'stages.1.blocks.0.large_kernel.smp.conv.weight_coord'
     (lambda sd: {'state_dict': {}}, 'missing'),
 ])
 @pytest.mark.filterwarnings('ignore:Validating sparse tensor invariants')
-@pytest.mark.parametrize('num_classes', [10, 5])
-def test_a_checkpoint_that_does_not_fit_says_where(change, message, num_classes, authors, tmp_path):
+def test_a_checkpoint_that_does_not_fit_says_where(change, message, authors, tmp_path):
     path = tmp_path / 'a.pth'
     torch.save(change(authors), path)
-    with pytest.raises(CheckpointError, match=message):
-        load_small(dict(file=str(path)), num_classes=num_classes)
+    for num_classes in 10, 5:
+        with pytest.raises(CheckpointError, match=message):
+            load_small(dict(file=str(path)), num_classes=num_classes)
 
 
 BAD_VALUES = {

@@ -92,7 +92,8 @@ def _check_folder(folder: Path) -> None:
 
 def _read_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:
     with safe_open(path, framework='pt') as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        names = file.keys()
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def _declare_classes(
