@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TOLERANCE, difference
+from conftest import TOLERANCE, difference, small_model
 from reference import kernel_loop
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
@@ -341,6 +341,7 @@ HOLDERS = {
     'DataParallel': lambda: nn.DataParallel(SMPConv2d(2, 2, 7, points=9)),
     'compiled': lambda: torch.compile(SMPConv2d(2, 2, 7, points=9), backend='eager'),
     'a larger model': Larger,
+    'features_only': lambda: small_model(features_only=True, out_indices=(0, 1)),
 }
 
 
@@ -368,9 +369,10 @@ def test_loading_takes_radii_outside_the_range(holder):
     kernel = next(m for m in module.modules() if isinstance(m, SMPKernel))
     state_dict = module.state_dict()
     key = next(k for k in state_dict if k.endswith('radius'))
-    state_dict[key] = torch.tensor([OUTSIDE])
+    radii = torch.linspace(-2, 2, kernel.radius.numel())[None]
+    state_dict[key] = radii
     module.load_state_dict(state_dict)
-    assert torch.equal(kernel.radius, torch.tensor([OUTSIDE]))
+    assert torch.equal(kernel.radius, radii)
     assert difference(kernel(), expected_of(kernel)) < TOLERANCE[torch.float32]
 
 
