@@ -122,10 +122,9 @@ IN_TRAINING_MODE = ['stages.3.blocks.1', 'stages.3.blocks.0.norm', 'stages.3.blo
                     'stem.3.bn', 'stages.3.blocks.0.dwconv.small.bn', 'stages.3.downsample.0']
 
 
-@pytest.mark.parametrize('nested', [False, True])
 @pytest.mark.parametrize('where,make,message', [
     *REFUSED, *((where, None, 'merges in evaluation mode only') for where in IN_TRAINING_MODE)])
-def test_a_refusal_names_the_part_and_leaves_the_model_unmerged(where, make, message, nested):
+def test_a_refusal_names_the_part_and_leaves_the_model_unmerged(where, make, message):
     model = small_model(drop_path_rate=0.5)
     if make is None:
         model.get_submodule(where).training = True
@@ -134,7 +133,7 @@ def test_a_refusal_names_the_part_and_leaves_the_model_unmerged(where, make, mes
     before = dict(model.named_modules())
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(MergeError, match=rf'^{where}.*{message}'):
-        reparameterize_model(nn.Sequential(model) if nested else model, inplace=True)
+        reparameterize_model(model, inplace=True)
     assert dict(model.named_modules()) == before
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
@@ -144,6 +143,15 @@ def test_merging_in_training_mode_is_refused_and_changes_nothing(model):
     with pytest.raises(MergeError, match=r'merges in evaluation mode only.*call eval\(\) on the model first'):
         reparameterize_model(model, inplace=True)
     assert model.state_dict().keys() == keys
+
+
+@pytest.mark.parametrize('wrap', [nn.Sequential, nn.DataParallel, partial(torch.compile, backend='eager')])
+def test_a_refusal_within_a_larger_model_leaves_the_network_unmerged(model, wrap):
+    model.head.norm = nn.GroupNorm(2, 32).eval()
+    before = dict(model.named_modules())
+    with pytest.raises(MergeError, match='head.norm must be a BatchNorm2d'):
+        reparameterize_model(wrap(model), inplace=True)
+    assert dict(model.named_modules()) == before
 
 
 def test_a_refusal_within_a_feature_list_leaves_its_stage_unmerged():
@@ -177,8 +185,8 @@ def test_training_mode_can_be_allowed_in_one_thread(images):
 
 
 @pytest.mark.parametrize('make', [
-    nn.SiLU, nn.Hardswish, nn.PReLU, nn.Identity, nn.ReLU, nn.GELU, partial(nn.GELU, approximate='tanh'),
-    timm.layers.GELU, partial(nn.ReLU6, inplace=True)])
+    nn.SiLU, nn.PReLU, nn.Identity, nn.ReLU, nn.GELU, partial(nn.GELU, approximate='tanh'),
+    partial(nn.ReLU6, inplace=True)])
 def test_other_activations_are_kept(model, images, make):
     """In every place at once, and one of them in each place alone."""
     places = ['stem.0.act', 'stages.1.downsample.0.act', 'stages.1.blocks.0.act1', 'stages.1.blocks.0.act2',
@@ -246,11 +254,13 @@ def test_bfloat16(model, images):
 
 
 @pytest.mark.parametrize('kwargs', [
-    {}, dict(num_classes=0), dict(num_classes=3, in_chans=1), dict(num_classes=0, global_pool=''), dict(global_pool=''),
-    dict(global_pool='max'), dict(global_pool='catavgmax'), dict(kernel_sizes=(5, 7, 9, 11), small_kernel=3),
-    dict(points=(1, 2, 3, 4)), dict(points_divisor=8), dict(mlp_ratio=2.5), dict(depths=(2, 1, 1, 3)),
-    dict(dims=(4, 6, 10, 12)), dict(drop_rate=0.5, drop_path_rate=0.5), dict(dtype=torch.bfloat16),
-    dict(dtype=torch.float64)])
+    {},
+    dict(num_classes=0, global_pool='', dtype=torch.float64),
+    dict(num_classes=3, in_chans=1, global_pool=''),
+    dict(global_pool='max', dims=(4, 6, 10, 12), mlp_ratio=2.5, drop_rate=0.5, drop_path_rate=0.5),
+    dict(global_pool='catavgmax', kernel_sizes=(5, 7, 9, 11), small_kernel=3, points=(1, 2, 3, 4)),
+    dict(depths=(2, 1, 1, 3), points_divisor=8, dtype=torch.bfloat16),
+])
 def test_the_merged_architecture_is_what_merging_makes(kwargs, monkeypatch):
     merged = reparameterize_model(small_model(**kwargs))
     monkeypatch.delattr(SMPKernel, '__init__')  # no point is created
@@ -291,7 +301,7 @@ def test_save_and_reload(images, tmp_path, kwargs):
 def test_a_merged_checkpoint_without_its_classifier_gives_the_features(model, images, tmp_path):
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
     merged = reparameterize_model(model)
-    assert difference(merged.forward_head(merged.forward_features(images), pre_logits=True), expected) < 1e-5
+    assert difference(merged.forward_head(merged.forward_features(images), pre_logits=True), expected) < TOLERANCE[torch.float32]
     torch.save(merged.state_dict(), tmp_path / 'merged.pth')
     overlay = dict(file=str(tmp_path / 'merged.pth'))
     encoder = small_model(
@@ -301,8 +311,7 @@ def test_a_merged_checkpoint_without_its_classifier_gives_the_features(model, im
     assert difference(merged(images), expected) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize('num_classes', [0, 3])
-@pytest.mark.parametrize('pool', ['avg', 'max', 'catavgmax', ''])
+@pytest.mark.parametrize('num_classes,pool', [(0, 'avg'), (3, 'max'), (3, 'catavgmax'), (3, ''), (0, '')])
 def test_a_replaced_head(model, images, num_classes, pool):
     model.reset_classifier(num_classes, pool)
     merged = reparameterize_model(model)
@@ -341,9 +350,9 @@ def test_as_the_encoder_of_a_larger_model(images):
     assert difference(merged(images), whole(images)) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize('eval_first', [False, True])
-@pytest.mark.parametrize('convert', [
-    nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm, freeze_batch_norm_2d])
+@pytest.mark.parametrize('convert,eval_first', [
+    (nn.SyncBatchNorm.convert_sync_batchnorm, False), (convert_sync_batchnorm, True),
+    (freeze_batch_norm_2d, False), (freeze_batch_norm_2d, True)])
 def test_a_norm_that_was_synchronised_or_frozen_merges(model, images, convert, eval_first):
     expected = model(images)
     converted = convert(model) if eval_first else convert(model.train()).eval()
