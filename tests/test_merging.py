@@ -18,7 +18,7 @@ from timm_smpconv import SMPConv2d, SMPKernel
 from timm_smpconv.checkpoint import checkpoint_filter_fn
 from timm_smpconv.merged import MergedConv2d, MergeError, merging_in_training_mode
 
-SMALL = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernels=(9, 7, 7, 5), divisor=4, ratio=4)  # conftest.small_model
+SMALL = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernels=(9, 7, 7, 5), divisor=4, ratio=4)  # small_model()
 
 
 def leaves(model):
@@ -29,6 +29,9 @@ def leaves(model):
 def test_merged_logits_and_what_is_left(name, monkeypatch):
     monkeypatch.setitem(reference.CONFIGS, 'small', SMALL)
     sd = reference.authors_state_dict(name, num_classes=50)
+    for key in sd:
+        if key.endswith('.radius'):
+            sd[key].clamp_(max=1.)  # small kernels start with larger ones, which are out of range
     model = small_model(num_classes=50) if name == 'small' else timm.create_model(name, num_classes=50).eval()
     model.load_state_dict(checkpoint_filter_fn(sd, model))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -122,10 +125,9 @@ IN_TRAINING_MODE = ['stages.3.blocks.1', 'stages.3.blocks.0.norm', 'stages.3.blo
                     'stem.3.bn', 'stages.3.blocks.0.dwconv.small.bn', 'stages.3.downsample.0']
 
 
-@pytest.mark.parametrize('nested', [False, True])
 @pytest.mark.parametrize('where,make,message', [
     *REFUSED, *((where, None, 'merges in evaluation mode only') for where in IN_TRAINING_MODE)])
-def test_a_refusal_names_the_part_and_leaves_the_model_unmerged(where, make, message, nested):
+def test_a_refusal_names_the_part_and_leaves_the_model_unmerged(where, make, message):
     model = small_model(drop_path_rate=0.5)
     if make is None:
         model.get_submodule(where).training = True
@@ -134,7 +136,7 @@ def test_a_refusal_names_the_part_and_leaves_the_model_unmerged(where, make, mes
     before = dict(model.named_modules())
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(MergeError, match=rf'^{where}.*{message}'):
-        reparameterize_model(nn.Sequential(model) if nested else model, inplace=True)
+        reparameterize_model(model, inplace=True)
     assert dict(model.named_modules()) == before
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
@@ -146,11 +148,20 @@ def test_merging_in_training_mode_is_refused_and_changes_nothing(model):
     assert model.state_dict().keys() == keys
 
 
+@pytest.mark.parametrize('wrap', [nn.Sequential, nn.DataParallel, partial(torch.compile, backend='eager')])
+def test_a_refusal_within_a_larger_model_leaves_the_network_unmerged(model, wrap):
+    model.head.norm = nn.GroupNorm(2, 32).eval()
+    before = dict(model.named_modules())
+    with pytest.raises(MergeError, match=r'head\.norm must be a BatchNorm2d'):
+        reparameterize_model(wrap(model), inplace=True)
+    assert dict(model.named_modules()) == before
+
+
 def test_a_refusal_within_a_feature_list_leaves_its_stage_unmerged():
     model = small_model(features_only=True)
     model.stages_1.blocks[1].norm = nn.GroupNorm(2, 16).eval()
     before = dict(model.stages_1.named_modules())
-    with pytest.raises(MergeError, match=r'blocks.1.norm must be a BatchNorm2d'):
+    with pytest.raises(MergeError, match=r'^blocks\.1\.norm must be a BatchNorm2d'):
         reparameterize_model(model, inplace=True)
     assert dict(model.stages_1.named_modules()) == before
 
@@ -177,8 +188,8 @@ def test_training_mode_can_be_allowed_in_one_thread(images):
 
 
 @pytest.mark.parametrize('make', [
-    nn.SiLU, nn.Hardswish, nn.PReLU, nn.Identity, nn.ReLU, nn.GELU, partial(nn.GELU, approximate='tanh'),
-    timm.layers.GELU, partial(nn.ReLU6, inplace=True)])
+    nn.SiLU, nn.PReLU, nn.Identity, nn.ReLU, nn.GELU, partial(nn.GELU, approximate='tanh'),
+    partial(nn.ReLU6, inplace=True)])
 def test_other_activations_are_kept(model, images, make):
     """In every place at once, and one of them in each place alone."""
     places = ['stem.0.act', 'stages.1.downsample.0.act', 'stages.1.blocks.0.act1', 'stages.1.blocks.0.act2',
@@ -246,11 +257,13 @@ def test_bfloat16(model, images):
 
 
 @pytest.mark.parametrize('kwargs', [
-    {}, dict(num_classes=0), dict(num_classes=3, in_chans=1), dict(num_classes=0, global_pool=''), dict(global_pool=''),
-    dict(global_pool='max'), dict(global_pool='catavgmax'), dict(kernel_sizes=(5, 7, 9, 11), small_kernel=3),
-    dict(points=(1, 2, 3, 4)), dict(points_divisor=8), dict(mlp_ratio=2.5), dict(depths=(2, 1, 1, 3)),
-    dict(dims=(4, 6, 10, 12)), dict(drop_rate=0.5, drop_path_rate=0.5), dict(dtype=torch.bfloat16),
-    dict(dtype=torch.float64)])
+    {},
+    dict(num_classes=0, global_pool='', dtype=torch.float64),
+    dict(num_classes=3, in_chans=1, global_pool=''),
+    dict(global_pool='max', dims=(4, 6, 10, 12), mlp_ratio=2.5, drop_rate=0.5, drop_path_rate=0.5),
+    dict(global_pool='catavgmax', kernel_sizes=(5, 7, 9, 11), small_kernel=3, points=(1, 2, 3, 4)),
+    dict(depths=(2, 1, 1, 3), points_divisor=8, dtype=torch.bfloat16),
+])
 def test_the_merged_architecture_is_what_merging_makes(kwargs, monkeypatch):
     merged = reparameterize_model(small_model(**kwargs))
     monkeypatch.delattr(SMPKernel, '__init__')  # no point is created
@@ -291,7 +304,8 @@ def test_save_and_reload(images, tmp_path, kwargs):
 def test_a_merged_checkpoint_without_its_classifier_gives_the_features(model, images, tmp_path):
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
     merged = reparameterize_model(model)
-    assert difference(merged.forward_head(merged.forward_features(images), pre_logits=True), expected) < 1e-5
+    actual = merged.forward_head(merged.forward_features(images), pre_logits=True)
+    assert difference(actual, expected) < TOLERANCE[torch.float32]
     torch.save(merged.state_dict(), tmp_path / 'merged.pth')
     overlay = dict(file=str(tmp_path / 'merged.pth'))
     encoder = small_model(
@@ -301,8 +315,7 @@ def test_a_merged_checkpoint_without_its_classifier_gives_the_features(model, im
     assert difference(merged(images), expected) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize('num_classes', [0, 3])
-@pytest.mark.parametrize('pool', ['avg', 'max', 'catavgmax', ''])
+@pytest.mark.parametrize('num_classes,pool', [(0, 'avg'), (3, 'max'), (3, 'catavgmax'), (3, ''), (0, '')])
 def test_a_replaced_head(model, images, num_classes, pool):
     model.reset_classifier(num_classes, pool)
     merged = reparameterize_model(model)
@@ -322,9 +335,8 @@ def test_a_new_classifier_on_a_merged_model_survives_a_reload(model, images):
 def test_the_classifier_of_features_gives_the_logits(images, pool):
     model = small_model(global_pool=pool)
     merged = reparameterize_model(model)
-    features = merged.forward_features(images)
-    pooled = merged.forward_head(features, pre_logits=True)
-    assert difference(pooled, model.forward_head(model.forward_features(images), pre_logits=True)) < TOLERANCE[torch.float32]
+    pooled, expected = (m.forward_head(m.forward_features(images), pre_logits=True) for m in (merged, model))
+    assert difference(pooled, expected) < TOLERANCE[torch.float32]
     assert torch.equal(merged.get_classifier()(pooled), merged(images))
 
 
@@ -341,9 +353,9 @@ def test_as_the_encoder_of_a_larger_model(images):
     assert difference(merged(images), whole(images)) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize('eval_first', [False, True])
-@pytest.mark.parametrize('convert', [
-    nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm, freeze_batch_norm_2d])
+@pytest.mark.parametrize('convert,eval_first', [
+    (nn.SyncBatchNorm.convert_sync_batchnorm, False), (convert_sync_batchnorm, True),
+    (freeze_batch_norm_2d, False), (freeze_batch_norm_2d, True)])
 def test_a_norm_that_was_synchronised_or_frozen_merges(model, images, convert, eval_first):
     expected = model(images)
     converted = convert(model) if eval_first else convert(model.train()).eval()

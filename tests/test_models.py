@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import MODELS, TOLERANCE, difference, small_model
+from conftest import MODELS, TOLERANCE, difference, small_model, wake_weights
 from timm.layers import DropPath
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
@@ -116,7 +116,7 @@ def test_intermediates_are_the_stages_outputs(model, images):
     early, some = model.forward_intermediates(images, indices=[0, 1], stop_early=True)
     assert torch.equal(early, seen[1]) and len(some) == 2
     normed = model.forward_intermediates(images, indices=[3], norm=True, intermediates_only=True)[0]
-    torch.testing.assert_close(normed.mean((2, 3)), model.forward_head(final, pre_logits=True))
+    assert difference(normed.mean((2, 3)), model.forward_head(final, pre_logits=True)) < TOLERANCE[torch.float32]
 
 
 def test_prune_intermediate_layers(model, images):
@@ -247,19 +247,24 @@ def test_fx_tracing(model, images):
     assert torch.equal(nodes['b'], model(images))
 
 
-def test_compile_is_one_graph_in_evaluation(model, images):
+@pytest.mark.slow
+@pytest.mark.parametrize('inference_mode', [False, True])
+def test_compile_is_one_graph_in_evaluation(images, inference_mode):
+    model = wake_weights(small_model(depths=(1, 1, 1, 1), inference_mode=inference_mode, shake=not inference_mode))
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     with torch.no_grad():
         assert difference(compiled(images), model(images)) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.slow
 def test_compile_trains(images):
-    model, twin = (small_model(depths=(1, 1, 1, 1)) for _ in range(2))
+    """In float64: in float32 an input of ReLU that changes sign by rounding moves gradients by 1e-3."""
+    model, twin = (small_model(depths=(1, 1, 1, 1), dtype=torch.float64) for _ in range(2))
     compiled = torch.compile(model)
-    compiled(images).square().sum().backward()
-    twin(images).square().sum().backward()
+    compiled(images.double()).square().sum().backward()
+    twin(images.double()).square().sum().backward()
     for (name, p), q in zip(model.named_parameters(), twin.parameters()):
-        assert difference(p.grad, q.grad) < 1e-3, name
+        assert difference(p.grad, q.grad) < TOLERANCE[torch.float64], name
 
 
 def test_registry_and_cfgs():
@@ -293,17 +298,35 @@ def test_arguments_of_the_caller_win():
     (dict(mlp_ratio=0), 'mlp_ratio must leave a hidden channel in every stage, got 0'),
     (dict(in_chans=0), 'in_chans must be at least 1, got 0'),
     (dict(num_classes=-1), 'num_classes must be 0 .*got -1'),
+    (dict(drop_path_rate=2.), r'drop_path_rate must be at least 0 and below 1, got 2\.0'),
+    (dict(drop_path_rate=1), 'drop_path_rate must be .* got 1'),
+    (dict(drop_path_rate=-0.1), r'drop_path_rate must be .* got -0\.1'),
+    (dict(drop_path_rate=float('nan')), 'drop_path_rate must be .* got nan'),
 ])
-def test_bad_arguments_are_named(kwargs, message):
+@pytest.mark.parametrize('inference_mode', [False, True])
+def test_bad_arguments_are_named(kwargs, message, inference_mode):
     with pytest.raises(ValueError, match=message):
-        SMPConvNet(device='meta', **kwargs)
+        SMPConvNet(device='meta', inference_mode=inference_mode, **kwargs)
 
 
-@pytest.mark.parametrize('shape', [(1, 3, 31, 64), (1, 3, 64, 16), (1, 4, 64, 64), (3, 64, 64)])
-def test_bad_images_are_named(model, shape):
-    for call in (model, model.forward_features, model.forward_intermediates, small_model(features_only=True)):
-        with pytest.raises(ValueError, match=r'x must be \(B, 3, H, W\) with H and W at least 32'):
-            call(torch.randn(shape))
+@pytest.fixture(scope='module')
+def entrances():
+    """Functions of an image."""
+    model = small_model()
+    merged = small_model(inference_mode=True, shake=False)
+    return model, model.forward_features, model.forward_intermediates, merged, small_model(features_only=True)
+
+
+@pytest.mark.parametrize('x,error,message', [
+    *((torch.zeros(shape), ValueError, r'x must be \(B, 3, H, W\) with H and W at least 32, got shape ')
+      for shape in [(1, 3, 31, 64), (1, 3, 64, 16), (1, 4, 64, 64), (3, 64, 64)]),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), TypeError, 'x must be floating point, got torch.uint8'),
+    ([torch.zeros(3, 64, 64)], TypeError, r'x must be a tensor of shape \(B, 3, H, W\), got list'),
+])
+def test_bad_images_are_named(entrances, x, error, message):
+    for call in entrances:
+        with pytest.raises(error, match=message):
+            call(x)
 
 
 def test_bad_output_format(model, images):

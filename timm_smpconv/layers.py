@@ -378,8 +378,8 @@ def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
 # assigned, may compute something else.
 _CONV_FORWARDS = (nn.Conv2d.forward, DepthwiseConv2d.forward, MergedConv2d.forward)
 _NORM_FORWARDS = (
-    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward,
-    BatchNormAct2d.forward, SyncBatchNormAct.forward, FrozenBatchNormAct2d.forward)
+    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, SyncBatchNormAct.forward)
+_FROZEN_NORM_FORWARDS = (FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)  # the same in training mode
 
 
 def _forward_of(module: nn.Module) -> Any:
@@ -457,7 +457,7 @@ def _affine(
     """Scale and shift, (C,) each, that a BatchNorm applies in evaluation mode, in the merging precision."""
     if _forward_of(norm) is nn.Identity.forward:
         return _exact(torch.ones(channels, device=device)), _exact(torch.zeros(channels, device=device))
-    if _forward_of(norm) not in _NORM_FORWARDS:
+    if _forward_of(norm) not in _NORM_FORWARDS + _FROZEN_NORM_FORWARDS:
         raise _refused(norm, path, 'must be a BatchNorm2d or an Identity')
     for name in ('drop', 'act'):
         part = getattr(norm, name, None)
@@ -465,7 +465,7 @@ def _affine(
             raise _refused(part, f'{path}.{name}', 'must be an Identity')
     if norm.running_var is None:
         raise _refused(norm, path, 'must have running statistics')
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # frozen ones never compute with the statistics of a batch
+    if _forward_of(norm) in _NORM_FORWARDS:
         check_mode(norm, path)
     scale = (_exact(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:

@@ -282,7 +282,6 @@ class SMPConvNet(CheckedLoading):
             merge_parts(self, skip='stem')
         super().__setattr__(name, value)
 
-    @torch.jit.ignore
     def reparameterize(self) -> None:
         """Merge all parts in place, or none."""
         self.stem = self.stem.fuse()
