@@ -10,6 +10,8 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
+from .kernel import check_points
+
 __all__ = [
     'CheckedLoading', 'CheckpointError', 'check_archive', 'check_before_loading', 'checkpoint_filter_fn',
     'count_classes', 'read_checkpoint', 'select_weights']
@@ -260,8 +262,8 @@ def _check_values(
             _check_tensor(key, value, like)
             if value.shape != like.shape and key not in any_shape:
                 wrong.append(f'{key} {tuple(value.shape)} instead of {tuple(like.shape)}')
-            elif _POSITIONS.search(key) and not value.is_meta:
-                _check_finite(key, value.to(like.dtype))
+            elif _POSITIONS.search(key):
+                _check_points(key, value.to(like.dtype))
     if wrong:
         raise CheckpointError(f'state_dict must have the shapes of the model, got {_some(wrong)}')
 
@@ -281,9 +283,11 @@ def _check_tensor(key: str, value: Any, like: torch.Tensor) -> None:
         raise CheckpointError(f'{key} must have an integer or floating point dtype, got {value.dtype}')
 
 
-def _check_finite(key: str, value: torch.Tensor) -> None:
-    if not bool(value.isfinite().all()):
-        raise CheckpointError(f'{key} must be finite everywhere, got NaN or infinity')
+def _check_points(key: str, value: torch.Tensor) -> None:
+    try:
+        check_points(key, value)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Container[str] = ()) -> None:

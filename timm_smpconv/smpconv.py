@@ -214,6 +214,15 @@ class SMPConvNet(CheckedLoading):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 over the pairs of blocks.
         inference_mode: Build the merged architecture, into which a merged checkpoint loads.
+
+    Raises:
+        ValueError: An argument breaks the rules above.
+
+    Example:
+        >>> import torch
+        >>> net = SMPConvNet(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), kernel_sizes=(9, 7, 7, 5), num_classes=10)
+        >>> net.eval()(torch.randn(1, 3, 64, 96)).shape
+        torch.Size([1, 10])
     """
     pretrained_cfg: Dict[str, Any]  # set by timm's builder
 
