@@ -12,11 +12,11 @@ def test_a_reader_that_has_gone(monkeypatch, capfd):
     with os.fdopen(writer, 'w') as stream:
         monkeypatch.setattr(sys, 'stdout', stream)
         with robust_output():
-            print('first')
+            sys.stdout.write('first\n')
             assert os.read(reader, 100) == b'first\n'
             os.close(reader)
             for _ in range(3):
-                print('later')
+                sys.stdout.write('later\n')
         stream.write('at exit')
         stream.flush()
     assert capfd.readouterr() == ('', '')
@@ -26,8 +26,8 @@ def test_characters_that_an_encoding_lacks(monkeypatch):
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, 'stderr', io.TextIOWrapper(buffer, 'ascii'))
     with robust_output():
-        print('48×48', os.fsdecode(b'\xff'), file=sys.stderr)
-    assert buffer.getvalue() == b'48\\xd748 \\udcff\n'
+        sys.stderr.write('48×48 ' + os.fsdecode(b'\xff'))
+    assert buffer.getvalue() == b'48\\xd748 \\udcff'
 
 
 def test_streams_come_back_and_keep_their_methods():
