@@ -1,5 +1,6 @@
 """The command line and the demo, as a user starts them."""
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,18 +11,61 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from timm_smpconv import demo
 from timm_smpconv.__main__ import main
-from timm_smpconv.digits import digits
 from timm_smpconv.plot import draw_kernels
 
-COMMAND = [sys.executable, '-m', 'timm_smpconv']
+FILES = ['kernels.png', 'merged.safetensors', 'model.safetensors']
+
+# A small network and few images, for the demo in this process and in others.
+SMALL = '''
+from types import SimpleNamespace
+import timm
+from timm_smpconv import demo
+from timm_smpconv.digits import digits
+few = {training: tuple(part[:32] for part in digits(training)) for training in (True, False)}
+demo.digits = few.get
+
+def create_model(name, **kwargs):
+    return timm.create_model(
+        "smpconv_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5), **kwargs)
+
+demo.timm = SimpleNamespace(create_model=create_model)
+'''
 
 
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(demo, 'digits', demo.digits)  # both come back after the test
+    monkeypatch.setattr(demo, 'timm', demo.timm)
+    exec(SMALL, {})
+
+
+def start(tmp_path, *arguments, **kwargs):
+    """The demo with a small network in a process of its own."""
+    code = f'{SMALL}\nimport sys\nfrom timm_smpconv.__main__ import main\nsys.exit(main(sys.argv[1:]))'
+    arguments = [sys.executable, '-c', code, 'demo', '--epochs', '2', '--out', str(tmp_path / 'out'), *arguments]
+    environ = dict(os.environ, **kwargs.pop('env', {}))
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, env=environ, cwd=tmp_path, preexec_fn=default_signals,
+        **{'stderr': subprocess.PIPE, **kwargs})
+
+
+def default_signals():
+    """Shells ignore SIGINT in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.slow
 def test_demo_learns_merges_and_writes(tmp_path, capfd):
     assert main(['demo', '--out', str(tmp_path / 'out')]) == 0
     out, err = capfd.readouterr()
-    files = ['kernels.png', 'merged.safetensors', 'model.safetensors']
-    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == files
+    assert names(tmp_path / 'out') == FILES
     with Image.open(tmp_path / 'out' / 'kernels.png') as picture:
         assert picture.size[0] > 500 and len(picture.convert('L').getcolors()) > 50
     assert '396/396' in err and 'epoch 9/9' in err  # 1,437 images in whole batches of 32
@@ -40,12 +84,9 @@ def test_demo_learns_merges_and_writes(tmp_path, capfd):
     assert radii.min() >= 1e-3 and radii.max() <= 1
 
 
-def test_the_seed_decides(tmp_path, monkeypatch):
-    few = {training: tuple(part[:128] for part in digits(training)) for training in (True, False)}
-    monkeypatch.setattr('timm_smpconv.demo.digits', few.get)
-
+def test_the_seed_decides(small, tmp_path):
     def trained(seed, folder):
-        torch.rand(seed + 1)  # where the generator stands before does not matter
+        torch.rand(seed + 1)  # the state of the generator before does not matter
         assert main(['demo', '--epochs', '1', '--seed', str(seed), '--out', str(tmp_path / folder)]) == 0
         return load_file(tmp_path / folder / 'model.safetensors')
 
@@ -54,19 +95,47 @@ def test_the_seed_decides(tmp_path, monkeypatch):
     assert not torch.equal(first['stem.0.conv.weight'], other['stem.0.conv.weight'])
 
 
-def test_an_interrupt_ends_cleanly(tmp_path):
-    environment = dict(os.environ, PYTHONUNBUFFERED='1')
-    process = subprocess.Popen(
-        [*COMMAND, 'demo', '--out', str(tmp_path / 'out')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background shells ignore it
-    assert 'from scratch on 1,437 handwritten digits' in process.stdout.readline()
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_process_cleanly(tmp_path, number):
+    process = start(tmp_path, '--epochs', '1000', text=True)
+    assert 'from scratch on 32 handwritten digits' in process.stdout.readline()
     process.stderr.read(1)  # of the progress of the training
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.endswith('timm-smpconv demo: interrupted, nothing was written\n') and 'Traceback' not in err
-    assert not (tmp_path / 'out').exists()
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(small, number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, '_accuracy', lambda *args: signal.raise_signal(number))
+    assert main(['demo', '--epochs', '1', '--out', str(tmp_path / 'out')]) == 130
+    assert capsys.readouterr().err.endswith('\ntimm-smpconv demo: interrupted, nothing was written\n')
+    assert not names(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stderr', [subprocess.PIPE, subprocess.STDOUT])
+def test_results_are_written_though_the_reader_has_gone(tmp_path, stderr):
+    """`demo | head -n 1`, and `demo 2>&1 | head -n 1`."""
+    process = start(tmp_path, stderr=stderr)
+    process.stdout.readline()
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and b'Traceback' not in (err or b'') and b'ignored' not in (err or b'')
+    assert names(tmp_path / 'out') == FILES
+
+
+@pytest.mark.slow
+def test_a_terminal_that_knows_ascii_only(tmp_path):
+    (tmp_path / 'ü').mkdir()
+    process = start(tmp_path / 'ü', env={'PYTHONIOENCODING': 'ascii'})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert b'handwritten digits of 48x48' in out and b'\\xfc/out/; to load:' in out
+    assert names(tmp_path / 'ü' / 'out') == FILES
 
 
 @pytest.mark.parametrize('arguments,message', [
@@ -89,7 +158,46 @@ def test_an_output_that_is_a_file_is_refused_before_training(out, tmp_path, caps
     assert main(['demo', '--out', str(tmp_path / out)]) == 1
     captured = capsys.readouterr()
     assert '--out must be a folder that can be written' in captured.err and captured.out == ''
-    assert [p.name for p in tmp_path.iterdir()] == ['out']
+    assert names(tmp_path) == ['out']
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / 'merged.safetensors').mkdir()
+    (tmp_path / 'model.safetensors').write_text('earlier')
+    assert main(['demo', '--out', str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert f'{tmp_path}/merged.safetensors must be a file or not exist, got a folder' in captured.err
+    assert captured.out == '' and (tmp_path / 'model.safetensors').read_text() == 'earlier'
+    assert names(tmp_path) == ['merged.safetensors', 'model.safetensors']
+
+
+def test_a_full_disk(small, tmp_path, capsys):
+    """Files may have 20 kB here."""
+    (tmp_path / 'model.safetensors').write_text('earlier')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        status = main(['demo', '--epochs', '1', '--out', str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1 and 'could not write model.safetensors: ' in last
+    assert names(tmp_path) == ['model.safetensors'] and (tmp_path / 'model.safetensors').read_text() == 'earlier'
+
+
+@pytest.mark.parametrize('out', ['.', 'link', 'out'])
+def test_where_files_are_written_and_who_may_read_them(small, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'real').mkdir()
+    (tmp_path / 'link').symlink_to('real')
+    umask = os.umask(0o027)
+    try:
+        assert main(['demo', '--epochs', '1', '--out', out]) == 0
+    finally:
+        os.umask(umask)
+    for name in FILES:
+        assert (tmp_path / out / name).stat().st_mode & 0o777 == 0o640
+    assert set(names(tmp_path / out)) - {'link', 'real'} == set(FILES)
 
 
 def test_picture_shows_a_point_where_its_kernel_is(tmp_path):

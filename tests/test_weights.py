@@ -1,15 +1,22 @@
-"""From an authors' checkpoint to `pretrained=True`, by the real client and a Hub on loopback, in separate processes."""
+"""From an authors' checkpoint to `pretrained=True`, by the real client and a Hub on loopback.
+
+Oracles: tests/reference.py, and the files that were written before. The slow tests use a process per step.
+"""
 import argparse
 import hashlib
+import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import convert
 import huggingface_hub
+import publish
 import pytest
 import sources
 import timm
@@ -18,8 +25,9 @@ import yaml
 from card import model_card
 from conftest import MODELS, TOKENS, difference
 from hub_server import HubServer, Repository
-from reference import authors_state_dict, in_authors_layout, logits
-from safetensors.torch import save_file
+from huggingface_hub import constants
+from reference import authors_state_dict, logits
+from safetensors.torch import load_file
 from test_checkpoint import save_as_the_authors_do
 from test_models import macs
 
@@ -39,7 +47,7 @@ def hub():
 
 @pytest.fixture
 def python(hub, tmp_path):
-    """Runs code or a script in a process that knows this Hub only; an empty cache unless the test gives one."""
+    """Run code or a script in a process that knows this Hub only, with an empty cache unless the test gives one."""
     def python(*command, token=None, cache=None, wait=True, **environ):
         environ = {
             **{k: v for k, v in os.environ.items() if not k.startswith('HF_')}, **hub.environment(token),
@@ -56,17 +64,44 @@ def finished(process):
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
+@pytest.fixture(scope='session', autouse=True)
+def small_images():
+    """Conversions in this process are verified with one small image."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, 'SIZES', ((32, 64),))
+        yield
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory, small_images):
     """What convert.py makes of mobile31 in the authors' layout, and the state dict it was made of."""
     sd = authors_state_dict('smpconv_mobile31')
     return converted(tmp_path_factory.mktemp('mobile'), sd, '--merged'), sd
 
 
 @pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of that folder and of the merged one, at OUT and OUT-merged, with its checkpoint OUT.pth.tar."""
+    shutil.copytree(folder[0].parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / 'out'
+
+
+@pytest.fixture
+def publishing(server, monkeypatch, tmp_path, capfd):
+    """Run publish.py in this process: (status, output, errors)."""
+    def publishing(path, repo, *options, token='hf_writer'):
+        monkeypatch.setenv('HF_TOKEN', token) if token else monkeypatch.delenv('HF_TOKEN', raising=False)
+        monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no token'))
+        sources = str(path.parent / 'sources.yaml')
+        status = publish.main([str(path), '--repo-id', repo, '--sources', sources, *options])
+        return status, *capfd.readouterr()
+    return publishing
+
+
+@pytest.fixture
 def published(hub, folder, python):
-    """mobile31 on the Hub, at its place; the test may change that."""
-    result = publish(python, folder[0], MOBILE)
+    """mobile31 on the Hub, in its repository; the test may change that."""
+    result = publish_in_process(python, folder[0], MOBILE)
     assert result.returncode == 0, result.stderr
     yield
     hub.repair()
@@ -75,8 +110,9 @@ def published(hub, folder, python):
 
 def unpublished(path):
     """A copy of sources.yaml as it was before anything was published."""
-    text = (ROOT / 'weights' / 'sources.yaml').read_text()
-    path.write_text(re.sub(r'^( *)(sha256|commit): \S+$', r'\1\2: null', text, flags=re.MULTILINE))
+    text = (ROOT / 'weights' / 'sources.yaml').read_text(encoding='utf-8')
+    text = re.sub(r'^( *)(sha256|commit): \S+$', r'\1\2: null', text, flags=re.MULTILINE)
+    path.write_text(text, encoding='utf-8')
     return path
 
 
@@ -89,7 +125,7 @@ def converted(tmp_path, sd, *options, model='smpconv_mobile31', name='out'):
     return out
 
 
-def publish(python, path, repo, *options, token='hf_writer'):
+def publish_in_process(python, path, repo, *options, token='hf_writer'):
     """By the sources.yaml beside it."""
     return python(
         ROOT / 'weights' / 'publish.py', path, '--repo-id', repo, '--sources', path.parent / 'sources.yaml', *options,
@@ -130,6 +166,7 @@ def image(channels=3):
     return torch.randn(1, channels, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_convert_publish_and_load_in_every_way(hub, python, tmp_path):
     sd = authors_state_dict('smpconv_tiny')
     file = save_as_the_authors_do(tmp_path / 'SMPConv_T.pth', ema=sd, model=authors_state_dict('smpconv_tiny', seed=1))
@@ -138,7 +175,7 @@ def test_convert_publish_and_load_in_every_way(hub, python, tmp_path):
     result = python(
         ROOT / 'weights' / 'convert.py', file, '--model', 'smpconv_tiny', '--out', out, '--sources', listed)
     assert result.returncode == 0, result.stderr
-    result = publish(python, out, TINY)
+    result = publish_in_process(python, out, TINY)
     assert result.returncode == 0, result.stderr
     files = hub.files(TINY)
     assert {name: files[name] for name in sources.FILES} == {p.name: p.read_bytes() for p in out.iterdir()}
@@ -180,11 +217,12 @@ def without_classifier(sd):
     return {k: v for k, v in sd.items() if k not in ('head.weight', 'head.bias')}
 
 
+@pytest.mark.slow
 def test_a_second_revision_and_a_merged_repository(hub, published, folder, python, tmp_path):
     sd = authors_state_dict('smpconv_mobile31', seed=2)
-    result = publish(python, converted(tmp_path, sd), MOBILE, '--revision', 'retrained')
+    result = publish_in_process(python, converted(tmp_path, sd), MOBILE, '--revision', 'retrained')
     assert result.returncode == 0 and 'not recorded' in result.stdout, result.stderr
-    result = publish(python, folder[0].with_name('out-merged'), 'alice/merged')
+    result = publish_in_process(python, folder[0].with_name('out-merged'), 'alice/merged')
     assert result.returncode == 0 and 'not recorded' in result.stdout, result.stderr
     repos = f'{MOBILE}@retrained', MOBILE, 'alice/merged'
     code = f'''
@@ -199,6 +237,7 @@ with torch.inference_mode():
         assert difference(actual, logits(state, 'smpconv_mobile31', image())) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_download_that_is_cut_and_one_that_fails_at_first(hub, published, python, tmp_path):
     hub.cut('.safetensors', 1000, times=20)
     (cut,) = load(python, tmp_path, f'found.append({MOBILE_FROM_HUB})')
@@ -212,6 +251,7 @@ def test_a_download_that_is_cut_and_one_that_fails_at_first(hub, published, pyth
         assert torch.equal(*again)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_the_published_one(hub, published, folder, python, tmp_path):
     data = bytearray(hub.files(MOBILE)['model.safetensors'])
     data[-1000] ^= 1
@@ -230,6 +270,7 @@ found.append(tried("hf-hub:{MOBILE}"))
     assert torch.equal(good, named) and f'must have the sha256 {"0" * 64} that' in refused
 
 
+@pytest.mark.slow
 def test_what_is_not_there_or_not_allowed(hub, published, python, tmp_path):
     hub.repositories[MOBILE].private = True
     code = f'found += [tried("smpconv_base"), {MOBILE_FROM_HUB}, tried("smpconv_mobile51")]'
@@ -247,6 +288,7 @@ def test_what_is_not_there_or_not_allowed(hub, published, python, tmp_path):
     assert 'could not download the weights' in empty and 'weights/publish.py' in empty
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(hub, published, python, tmp_path):
     before = hub.count('GET', 'model.safetensors')
     code = LOAD.replace('{}', f'found.append({MOBILE_FROM_HUB})').replace("'found.pth'", 'sys.argv[1]')
@@ -259,115 +301,158 @@ def test_two_processes_at_once(hub, published, python, tmp_path):
 
 
 @pytest.mark.parametrize('token,options,status,message', [
-    (None, [], 1, 'there is no token: run `hf auth login`, or set HF_TOKEN; nothing was created'),
-    ('hf_unknown', [], 1, 'does not accept the token; nothing was created'),
-    ('hf_reader', [], 1, 'the token may only read: make one that may write; nothing was created'),
+    (None, [], 1, 'no token found: run `hf auth login` or set HF_TOKEN; nothing was created'),
+    ('hf_unknown', [], 1, 'rejects the token; nothing was created'),
+    ('hf_reader', [], 1, 'the token must have write access, got a read-only one; nothing was created'),
     (
         'hf_stranger', [], 1,
-        '--repo-id must be of eve or an organisation of theirs, got timm-smpconv/smpconv_mobile31.in1k'),
-    (None, ['--dry-run'], 0, 'nothing was done'),
+        '--repo-id must belong to eve or an organisation of theirs, got timm-smpconv/smpconv_mobile31.in1k'),
+    (None, ['--dry-run'], 0, 'nothing was uploaded'),
 ])
-def test_publishing_nothing(hub, folder, python, token, options, status, message):
-    result = publish(python, folder[0], MOBILE, *options, token=token)
-    assert result.returncode == status and message in result.stdout + result.stderr, result.stderr
-    assert len(result.stderr.splitlines()) <= 1 and not hub.exists(MOBILE)
+def test_publishing_nothing(server, folder, publishing, token, options, status, message):
+    found, out, err = publishing(folder[0], MOBILE, *options, token=token)
+    assert found == status and message in out + err
+    assert len(err.splitlines()) <= 1 and not server.exists(MOBILE)
 
 
-def test_publishing_privately_again_and_after_an_error(hub, folder, python):
-    hub.fail('POST', '/commit/main', 500, times=100)
-    failed = publish(python, folder[0], MOBILE, '--private')
-    assert failed.returncode == 1 and 'did not do it' in failed.stderr
-    hub.repair()
+def test_publishing_privately_again_and_after_an_error(server, folder, publishing):
+    server.fail('POST', '/commit/main', 500, times=100)
+    status, _, err = publishing(folder[0], MOBILE, '--private')
+    assert status == 1 and f'the request to {server.url} failed' in err
+    server.repair()
     for _ in range(2):
-        result = publish(python, folder[0], MOBILE, '--private')
-        assert result.returncode == 0, result.stderr
-    assert hub.repositories[MOBILE].private
-    assert set(hub.files(MOBILE)) == {'.gitattributes', *sources.FILES}
-    hub.repositories[MOBILE].private = False
-    result = publish(python, folder[0], MOBILE, '--private')
-    assert result.returncode == 1 and 'which is public' in result.stderr
-    hub.repositories.clear()
+        status, _, err = publishing(folder[0], MOBILE, '--private')
+        assert status == 0, err
+    assert server.repositories[MOBILE].private
+    assert set(server.files(MOBILE)) == {'.gitattributes', *sources.FILES}
+    server.repositories[MOBILE].private = False
+    status, _, err = publishing(folder[0], MOBILE, '--private')
+    assert status == 1 and 'which is public' in err
 
 
-def test_what_cannot_be_recorded_is_said(server, folder, tmp_path, monkeypatch, capsys):
-    import publish
-
+@pytest.mark.parametrize('error', [OSError('the disk is full'), KeyError('commit')])
+def test_what_cannot_be_recorded_is_said(server, copy, publishing, monkeypatch, error):
     def fails(*args):
-        raise OSError('the disk is full')
+        raise error
 
-    monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     monkeypatch.setattr(publish, 'record', fails)
-    listed = str(unpublished(tmp_path / 'sources.yaml'))
-    assert publish.main([str(folder[0]), '--repo-id', MOBILE, '--sources', listed]) == 1
-    assert 'it is published, but --sources could not be written: the disk is full' in capsys.readouterr().err
-    assert server.files(MOBILE)['model.safetensors'] == (folder[0] / 'model.safetensors').read_bytes()
+    status, _, err = publishing(copy, MOBILE)
+    assert status == 1 and re.search(r'published, but --sources .* could not be updated: .*(disk is full|commit)', err)
+    assert server.files(MOBILE)['model.safetensors'] == (copy / 'model.safetensors').read_bytes()
 
 
-def spoilt(folder, change):
-    if change == 'config.json':
-        (folder / change).write_text('{}')
-    elif change == 'model.safetensors':
+def test_an_interrupt_of_publish(folder, publishing, monkeypatch):
+    monkeypatch.setattr(publish.HfApi, 'upload_folder', lambda *args, **kwargs: interrupt())
+    status, _, err = publishing(folder[0], MOBILE)
+    assert status == 130 and 'interrupted; whether anything was uploaded shows at http' in err
+
+
+def spoil(folder, change):
+    """Delete a file, alter one, or write text or bytes into one: NAME, or (NAME, content)."""
+    if change == 'model.safetensors':
         data = bytearray((folder / change).read_bytes())
         data[-1] ^= 1
         (folder / change).write_bytes(data)
+    elif isinstance(change, tuple):
+        (folder / change[0]).write_bytes(change[1])
+    elif callable(change):
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        (folder / 'config.json').write_text(json.dumps(change(config)), encoding='utf-8')
     elif change:
         (folder / change).unlink()
 
 
 @pytest.mark.parametrize('source,change,repo,message', [
     ('out', 'README.md', MOBILE, 'DIR must be a folder that weights/convert.py wrote, got .* without README.md'),
-    ('out', 'config.json', MOBILE, "DIR must be .* with another config.json: KeyError 'architecture'"),
-    ('out', 'model.safetensors', MOBILE, 'with a model.safetensors that is not the one of its config.json'),
+    ('out', ('README.md', b'\xff\xfe'), MOBILE, 'README.md in DIR must be UTF-8'),
+    ('out', ('config.json', b'{}'), MOBILE, "DIR must be .* with another config.json: KeyError 'architecture'"),
+    ('out', ('config.json', b'\xff'), MOBILE, 'DIR must be .* with another config.json: UnicodeDecodeError'),
+    ('out', lambda config: [config], MOBILE, 'DIR must be .* with another config.json: TypeError'),
+    ('out', lambda config: dict(config, model_args=['in_chans']), MOBILE, 'with another config.json: TypeError'),
+    ('out', 'model.safetensors', MOBILE, 'with a model.safetensors that does not match its config.json'),
     ('out', None, 'no namespace', "--repo-id must be ORG/NAME, got 'no namespace'"),
     ('out', None, 'name', "--repo-id must be ORG/NAME, got 'name'"),
-    ('out', None, TINY, f'--repo-id {TINY} is the place of smpconv_tiny.in1k, unmerged; got a folder of other weights'),
-    ('out-merged', None, MOBILE, f'--repo-id {MOBILE} is the place of smpconv_mobile31.in1k, unmerged; got'),
+    ('out', None, MOBILE.upper(), f'--repo-id must be {MOBILE}, as listed in sources.yaml, got {MOBILE.upper()}'),
+    ('out', None, TINY, f'DIR must hold smpconv_tiny.in1k, unmerged, for --repo-id {TINY}, got'),
+    ('out-merged', None, MOBILE, f'DIR must hold smpconv_mobile31.in1k, unmerged, for --repo-id {MOBILE}, got'),
 ])
-def test_bad_arguments_of_publish(folder, source, change, repo, message, tmp_path, capsys):
-    import publish
-    path = tmp_path / 'folder'
-    shutil.copytree(folder[0].with_name(source), path)
-    spoilt(path, change)
-    assert publish.main([str(path), '--repo-id', repo, '--dry-run']) == 1
-    assert re.search(message, capsys.readouterr().err)
+def test_bad_arguments_of_publish(copy, source, change, repo, message, publishing):
+    path = copy.with_name(source)
+    spoil(path, change)
+    status, _, err = publishing(path, repo, '--dry-run')
+    assert status == 1 and re.search(message, err) and len(err.splitlines()) == 1
 
 
-def test_a_card_that_the_hub_refuses(hub, folder, python, tmp_path):
-    path = tmp_path / 'folder'
-    shutil.copytree(folder[0], path)
-    (path / 'README.md').write_text('---\nlicense: mine\n---\n')
-    unpublished(tmp_path / 'sources.yaml')
-    result = publish(python, path, MOBILE)
-    assert result.returncode == 1 and 'must be a model card that the Hub accepts' in result.stderr
-    assert set(hub.files(MOBILE)) == {'.gitattributes'}
-    hub.repositories.clear()
+def entries(change):
+    """sources.yaml with the last entry changed, as bytes."""
+    listed = sources.load_sources()
+    change(listed['smpconv_mobile51.in1k'])
+    return yaml.safe_dump(listed).encode()
 
 
-def test_a_checkpoint_of_train_py(tmp_path, capsys):
-    """Its classes, channels and evaluation settings; EMA weights unless told otherwise; twice the same folder."""
+@pytest.mark.parametrize('content,message', [
+    (b'a: [', 'which could not be read: while parsing'),
+    (b'\xff', 'which could not be read: '),
+    (None, 'which could not be read: [Errno 2]'),
+    (b'', 'with nothing in it'),
+    (b'- smpconv_tiny.in1k', 'with a list in it'),
+    (b'smpconv_tiny.in1k: 3', 'where smpconv_tiny.in1k lacks model, '),
+    (entries(lambda entry: entry.pop('hub_id')), 'where smpconv_mobile51.in1k lacks hub_id'),
+    (entries(lambda entry: entry.update(hub_id=3)), 'where the hub_id of smpconv_mobile51.in1k is 3'),
+    (entries(lambda entry: entry.update(origin='here')), 'where the origin of smpconv_mobile51.in1k lacks sha256'),
+])
+def test_bad_sources(copy, content, message, publishing, capfd):
+    path = copy.with_name('sources.yaml')
+    path.write_bytes(content) if content is not None else path.unlink()
+    out = copy.with_name('new')
+    command = [f'{copy}.pth.tar', '--model', 'smpconv_mobile31', '--out', str(out), '--sources', str(path)]
+    assert convert.main(command) == 1
+    errors = capfd.readouterr().err, publishing(copy, MOBILE)[2]
+    for program, error in zip(('convert', 'publish'), errors):
+        assert error.startswith(f'{program}: --sources must be a YAML file that gives model, tag, origin, ')
+        assert message in error and len(error.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_card_that_the_hub_refuses(server, copy, publishing):
+    spoil(copy, ('README.md', b'---\nlicense: mine\n---\n'))
+    status, _, err = publishing(copy, MOBILE)
+    assert status == 1 and 'must be a model card that the Hub accepts' in err
+    assert set(server.files(MOBILE)) == {'.gitattributes'}
+
+
+def test_a_checkpoint_of_train_py(tmp_path):
+    """Its classes, channels and evaluation settings; EMA weights by default. OUT is a link to an empty folder."""
     sd = {'model': {}, 'ema': {}}
     for seed, kind in enumerate(sd):
         torch.manual_seed(seed)
         sd[kind] = timm.create_model('smpconv_mobile31', num_classes=7, in_chans=1).state_dict()
     settings = argparse.Namespace(img_size=64, input_size=None, crop_pct=0.95, mean=None, std=None, interpolation='')
     torch.save({'state_dict': sd['model'], 'state_dict_ema': sd['ema'], 'args': settings}, tmp_path / 'last.pth.tar')
+    (tmp_path / 'real').mkdir()
+    (tmp_path / 'out').symlink_to('real')
     command = [
         str(tmp_path / 'last.pth.tar'), '--model', 'smpconv_mobile31', '--tag', 'mine', '--out', str(tmp_path / 'out')]
-    for options, kind in (([], 'ema'), ([], 'ema'), (['--weights', 'model'], 'model')):
+    for options, kind in (([], 'ema'), (['--weights', 'model'], 'model')):
         assert convert.main(command + options) == 0
-        model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
-        x = image(channels=1)
-        with torch.inference_mode():
-            expected = logits(in_authors_layout(sd[kind]), 'smpconv_mobile31', x)
-            assert difference(model(x), expected) < 1e-5
-        assert tuple(model.pretrained_cfg['input_size']) == (1, 64, 64) and model.pretrained_cfg['crop_pct'] == 0.95
-    header = yaml.safe_load((tmp_path / 'out' / 'README.md').read_text().split('---\n')[1])
+        weights = load_file(tmp_path / 'out' / 'model.safetensors')
+        assert weights.keys() == sd[kind].keys() and all(torch.equal(v, sd[kind][k]) for k, v in weights.items())
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert model.get_classifier().out_features == 7
+    assert tuple(model.pretrained_cfg['input_size']) == (1, 64, 64) and model.pretrained_cfg['crop_pct'] == 0.95
+    header = yaml.safe_load((tmp_path / 'out' / 'README.md').read_text(encoding='utf-8').split('---\n')[1])
     assert header['library_name'] == 'timm' and 'license' not in header and 'datasets' not in header
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['last.pth.tar', 'out']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['last.pth.tar', 'out', 'real']
+    assert sorted(path.name for path in (tmp_path / 'real').iterdir()) == [*sources.FILES]
 
 
 def without(sd, key):
     return {k: v for k, v in sd.items() if k != key}
+
+
+STEM = 'stem.0.conv.weight'
+COORDS = 'stages.0.blocks.0.large_kernel.smp.conv.weight_coord'
+RADIUS = 'stages.0.blocks.0.large_kernel.smp.conv.radius'
 
 
 @pytest.mark.parametrize('change,options,message', [
@@ -379,11 +464,19 @@ def without(sd, key):
     (lambda sd: dict(sd, **{k: sd[k][:5] for k in ('head.weight', 'head.bias')}), [], 'give weights for other'),
     (lambda sd: dict(sd, **{'head.fc.weight': sd['head.weight'] * 0}), [], 'got head.fc.weight under two names'),
     (lambda sd: dict(sd, **{'head.weight': 3}), [], 'must hold an SMPConv model with its classifier'),
+    (lambda sd: dict(sd, **{COORDS: sd[COORDS] / 0}), [], 'must be finite everywhere'),
+    (lambda sd: dict(sd, **{RADIUS: sd[RADIUS] / 0}), [], 'must be finite everywhere'),
+    (lambda sd: dict(enumerate(sd.values())), [], 'must have names as keys, got 0'),
+    (lambda sd: {'state_dict': {**sd, 3: sd[COORDS]}}, [], 'must have names as keys, got 3'),
+    (lambda sd: dict(sd, **{STEM: sd[STEM].to(torch.int8)}), [], f'{STEM} must have a floating point dtype, got'),
+    (lambda sd: dict(sd, **{STEM: sd[STEM].to(torch.complex64)}), [], f'{STEM} must have a floating point dtype, got'),
+    (lambda sd: dict(sd, **{STEM: sd[STEM].to_sparse()}), [], f'{STEM} must be a dense tensor, got torch.sparse_coo'),
     (lambda sd: {'model': sd}, ['--weights', 'ema'], "weights must be 'model' for a checkpoint without"),
     (lambda sd: sd, ['--model', 'smpconv_mobile51'], 'instead of'),
     (None, [], 'file must exist'),
     ('text', [], 'must be an undamaged weights-only checkpoint'),
 ])
+@pytest.mark.filterwarnings('ignore:Validating sparse tensor invariants')  # of torch.load
 def test_nothing_is_left_of_a_checkpoint_that_cannot_be_converted(folder, change, options, message, tmp_path, capsys):
     file = tmp_path / 'bad.pth'
     if change == 'text':
@@ -393,7 +486,8 @@ def test_nothing_is_left_of_a_checkpoint_that_cannot_be_converted(folder, change
     before = sorted(tmp_path.iterdir())
     out = str(tmp_path / 'new' / 'out')
     assert convert.main([str(file), '--model', 'smpconv_mobile31', '--out', out, *options]) == 1
-    assert message in capsys.readouterr().err and sorted(tmp_path.iterdir()) == before
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1 and sorted(tmp_path.iterdir()) == before
 
 
 def test_only_its_own_folders_are_replaced(folder, tmp_path, capsys):
@@ -406,25 +500,114 @@ def test_only_its_own_folders_are_replaced(folder, tmp_path, capsys):
         assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_a_failure_in_the_middle_of_replacing_puts_everything_back(folder, tmp_path, monkeypatch, capsys):
-    out = converted(tmp_path, folder[1], '--merged')
-    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob('*')) if path.is_file()}
-    replace, calls = os.replace, []
+@pytest.mark.parametrize('out,message', [
+    ('.', 'must not be the working directory or a mount point'),
+    ('mount', 'must not be the working directory or a mount point'),
+    ('file', 'must not exist, be empty, or be a folder that this script wrote'),
+    ('file/below', 'File exists'),
+])
+def test_folders_that_cannot_be_replaced(copy, out, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'mount').mkdir()
+    (tmp_path / 'file').touch()
+    monkeypatch.setattr(Path, 'is_mount', lambda path: path.name == 'mount')
+    monkeypatch.chdir(tmp_path / 'mount' if out == '.' else tmp_path)
+    before = sorted(tmp_path.rglob('*'))
+    assert convert.main([f'{copy}.pth.tar', '--model', 'smpconv_mobile31', '--out', out]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out and sorted(tmp_path.rglob('*')) == before
 
-    def fails(source, target):
-        calls.append(target)
-        if len(calls) == 4:  # the second new folder into its place
-            raise OSError('the disk is full')
-        replace(source, target)
 
-    monkeypatch.setattr(os, 'replace', fails)
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def fail():
+    raise OSError('the disk is full')
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize('where,fault,status,said', [
+    ('replace', fail, 1, 'convert: the disk is full'),
+    ('replace', interrupt, 130, 'convert: interrupted, {out}, {out}-merged were written'),
+    ('oracle', interrupt, 130, 'convert: interrupted, nothing was written'),
+    ('oracle', terminate, 130, 'convert: interrupted, nothing was written'),
+])
+def test_an_end_in_the_middle(copy, where, fault, status, said, tmp_path, monkeypatch, capsys):
+    """In the fourth rename, half way. test_files.py has every other place."""
+    before, calls = contents(tmp_path), []
+    owner = Path if where == 'replace' else convert
+    original = getattr(owner, where)
+
+    def faulty(*args):
+        calls.append(args)
+        if where == 'oracle' or len(calls) == 4:
+            fault()
+        return original(*args)
+
+    monkeypatch.setattr(owner, where, faulty)
     command = [
-        str(tmp_path / 'out.pth.tar'), '--model', 'smpconv_mobile31', '--tag', 'mine', '--out', str(out), '--merged']
-    assert convert.main(command) == 1 and 'the disk is full' in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob('*')) if path.is_file()} == before
+        f'{copy}.pth.tar', '--model', 'smpconv_mobile31', '--tag', 'mine', '--out', str(copy), '--merged',
+        '--sources', str(tmp_path / 'sources.yaml')]
+    assert convert.main(command) == status
+    assert capsys.readouterr().err.strip() == said.format(out=copy)
+    after = contents(tmp_path)
+    if 'were written' in said:
+        changed = {path for path in after if after[path] != before.get(path)}
+        assert {path.parent for path in changed} == {copy, copy.with_name('out-merged')}
+        assert after.keys() == before.keys()
+    else:
+        assert after == before
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_a_full_disk(copy, tmp_path, capsys):
+    """Files may have 1 MB here."""
+    before = contents(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        status = convert.main([f'{copy}.pth.tar', '--model', 'smpconv_mobile31', '--tag', 'mine', '--out', str(copy)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capsys.readouterr().err
+    assert status == 1 and 'convert: could not write model.safetensors: ' in err and len(err.splitlines()) == 1
+    assert contents(tmp_path) == before
+
+
+INTERRUPTED = '''
+import runpy, signal, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == sys.argv[2]:
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder)
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])
+runpy.run_path(sys.argv[1], run_name="__main__")
+'''
+
+
+def test_an_interrupt_while_convert_and_publish_import():
+    """When their first large import is looked for: one line, no traceback."""
+    for program, module in (('convert', 'timm'), ('publish', 'huggingface_hub')):
+        process = subprocess.run(
+            [sys.executable, '-c', INTERRUPTED, str(ROOT / 'weights' / f'{program}.py'), module], capture_output=True,
+            text=True, timeout=120)
+        assert process.returncode == 130, process.stderr
+        assert process.stderr.startswith(f'\n{program}: interrupted') and len(process.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize('dtype', [
+    torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float64))])
 def test_checkpoints_of_other_dtypes(folder, dtype, tmp_path):
     sd = {k: v.to(dtype) if v.is_floating_point() else v for k, v in folder[1].items()}
     model = timm.create_model(f'local-dir:{converted(tmp_path, sd)}', pretrained=True).eval()
@@ -434,8 +617,8 @@ def test_checkpoints_of_other_dtypes(folder, dtype, tmp_path):
 
 
 @pytest.mark.parametrize('weights,known,words', [
-    ('ema', None, "82.5 as published for the authors' checkpoint .*; that this is it was not verified"),
-    ('ema', 'right', "82.5 as published for the authors' checkpoint .*; not measured again"),
+    ('ema', None, "82.5 as published for the authors' checkpoint .*; not verified to be that checkpoint;"),
+    ('ema', 'right', "82.5 as published for the authors' checkpoint .*; not re-measured"),
     ('ema', '0' * 64, 'not measured for these weights; 82.5'),
     ('model', 'right', 'not measured for these weights; 82.5'),
 ])
@@ -448,11 +631,10 @@ def test_the_card_gives_published_accuracy_to_published_weights_alone(weights, k
     assert re.search(words, model_card('smpconv_tiny', 'in1k', entry, facts))
 
 
-def test_own_weights_need_a_tag_of_their_own(tmp_path, capsys):
-    save_file(timm.create_model('smpconv_tiny').state_dict(), tmp_path / 'mine.safetensors')
-    command = [str(tmp_path / 'mine.safetensors'), '--model', 'smpconv_tiny', '--out', str(tmp_path / 'out')]
-    assert convert.main(command) == 1
-    assert 'give weights of your own another --tag' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+def test_own_weights_need_a_tag_of_their_own():
+    entry = sources.load_sources()['smpconv_tiny.in1k']
+    with pytest.raises(convert.ConversionError, match='give weights of your own another --tag'):
+        convert.check_entry(entry, timm.create_model('smpconv_tiny', device='meta'), authors=False)
 
 
 @pytest.mark.parametrize('name', MODELS)

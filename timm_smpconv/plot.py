@@ -7,15 +7,20 @@ from matplotlib.figure import Figure
 
 from .kernel import render_kernel
 
-# What a picture needs of a kernel: coords (1, P, 2), radius (1, P), weight (1, 1, P) of one channel, and its size.
+# One channel of a kernel: coords (1, P, 2), radius (1, P), weight (1, 1, P), and the kernel's size.
 Points = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]]
 
 
 def draw_kernels(rows: Sequence[Tuple[str, List[Points]]], titles: Sequence[str]) -> Figure:
-    """One row of kernels for each (label, kernels), each kernel with its points drawn over it.
+    """Draw one row of kernels for each (label, kernels), with the points over each kernel.
 
-    Blue is negative, red positive. A point's colour is its weight, on the scale of all points of its kernel; its size
-    is its radius. From the second row on, lines lead from where the points stand in the first.
+    Blue is negative, red is positive. A point's colour is its weight, relative to the largest of its kernel; its size
+    is its radius. From the second row on, lines show how far points moved since the first.
+
+    Example:
+        >>> point = torch.zeros(1, 1, 2), torch.full((1, 1), 0.3), torch.ones(1, 1, 1), (9, 9)
+        >>> len(draw_kernels([('before', [point]), ('after', [point])], ['a kernel']).axes)
+        2
     """
     figure = Figure(figsize=(2.4 * len(titles) + 0.4, 2.6 * len(rows)), layout='constrained')
     FigureCanvasAgg(figure)
@@ -24,7 +29,7 @@ def draw_kernels(rows: Sequence[Tuple[str, List[Points]]], titles: Sequence[str]
         for column, (axis, title, (coords, radius, weight, size)) in enumerate(zip(line, titles, kernels)):
             kernel = render_kernel(coords, radius, weight, size)[0, 0].numpy()
             limit = abs(kernel).max() or 1.
-            # Samples stand in the middle of their pixels, the outermost on the border of [-1, 1].
+            # Samples are at the centres of their pixels, the outermost ones on the border of [-1, 1].
             half = [1 + 1 / max(k - 1, 1) for k in size]
             axis.imshow(
                 kernel, cmap='RdBu_r', vmin=-limit, vmax=limit, extent=(-half[1], half[1], -half[0], half[0]))

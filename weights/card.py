@@ -43,8 +43,8 @@ def model_card(model: str, tag: str, entry: Optional[Dict[str, Any]], facts: Dic
     table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
     body = f'''# {model}.{tag}{" (merged)" if facts["merged"] else ""}
 
-An SMPConv image classification model ([CVPR 2023]({PAPER})): its large convolution kernels are interpolated from points
-whose positions are learned.{_MERGED if facts["merged"] else ""}
+An SMPConv image classification model ([CVPR 2023]({PAPER})). Its large convolution
+kernels are interpolated from points whose positions are learned.{_MERGED if facts["merged"] else ""}
 
 | | |
 |---|---|

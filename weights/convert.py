@@ -71,7 +71,7 @@ def convert(
     """See the top of this file; the arguments are those of the command line."""
     entry = load_sources(sources).get(f'{name}.{tag}')
     out = out.resolve()
-    outs = [out, out.with_name(f'{out.name}-merged')] if merged else [out]
+    outs = [out, out.parent / f'{out.name}-merged'] if merged else [out]
     written = []
     with replace_together(
             out.parent, [path.name for path in outs], lambda path: check_replaceable(path, checkpoint)) as staging:
@@ -93,8 +93,8 @@ def convert(
             model.pretrained_cfg.update(license=None, origin_url=None)
         facts = {
             'published': is_published(entry, authors, kind, sha256),
-            'origin': f'{kind} weights of a checkpoint in the {"authors" if authors else "timm-smpconv"} layout, '
-                      f'sha256 {sha256}',
+            'origin': f'{"EMA" if kind == "ema" else "model"} weights from a checkpoint in '
+                      f'the layout of {"the authors" if authors else "timm-smpconv"}, sha256 {sha256}',
             'num_classes': model.num_classes,
             'input_size': model.pretrained_cfg['input_size'],
         }

@@ -21,6 +21,7 @@ try:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     from sources import FILES, SOURCES, SourcesError, file_sha256, load_sources, record
 
+    from timm_smpconv.console import robust_output
     from timm_smpconv.pretrained import _CLIENT_ERRORS, _first_line
 except KeyboardInterrupt:  # these imports take seconds
     print('\npublish: interrupted; nothing was published', file=sys.stderr)
@@ -40,19 +41,20 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--dry-run', action='store_true', help='print what would be uploaded, and upload nothing')
     parser.add_argument('--sources', type=Path, default=SOURCES, help='where to record the commit (%(default)s)')
     args = parser.parse_args(argv)
-    try:
-        publish(args.folder, args.repo_id, args.private, args.revision, args.dry_run, args.sources)
-    except (PublishError, SourcesError) as error:
-        print(f'publish: {error}', file=sys.stderr)
-        return 1
-    except _CLIENT_ERRORS as error:
-        print(f'publish: the request to {constants.ENDPOINT} failed: {_first_line(error)}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            f'\npublish: interrupted; whether anything was uploaded shows at {constants.ENDPOINT}/{args.repo_id}',
-            file=sys.stderr)
-        return 130
+    with robust_output():
+        try:
+            publish(args.folder, args.repo_id, args.private, args.revision, args.dry_run, args.sources)
+        except (PublishError, SourcesError) as error:
+            print(f'publish: {error}', file=sys.stderr)
+            return 1
+        except _CLIENT_ERRORS as error:
+            print(f'publish: the request to {constants.ENDPOINT} failed: {_first_line(error)}', file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(
+                f'\npublish: interrupted; whether anything was uploaded shows at {constants.ENDPOINT}/{args.repo_id}',
+                file=sys.stderr)
+            return 130
     return 0
 
 
@@ -125,7 +127,7 @@ def check_folder(folder: Path, repo_id: str, sources: Path) -> Optional[str]:
     if file_sha256(folder / 'model.safetensors') != expected:
         raise PublishError(f'{rule} with a model.safetensors that does not match its config.json')
     for name, entry in load_sources(sources).items():
-        if entry['hub_id'].casefold() != repo_id.casefold():  # the Hub ignores case, too
+        if entry['hub_id'].casefold() != repo_id.casefold():  # else a slip of the case would miss it
             continue
         if entry['hub_id'] != repo_id:
             raise PublishError(f'--repo-id must be {entry["hub_id"]}, as listed in {sources.name}, got {repo_id}')
