@@ -1,6 +1,7 @@
 """Shared by all tests: the seed, small models and images, `difference` and its tolerances, and what CI may skip."""
 import os
 import re
+import signal
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one thread a worker, also in the processes that it starts
     os.environ.update(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')  # read when torch is imported
@@ -24,6 +25,9 @@ TOKENS = {  # users of the Hub of hub_server.py
     'hf_reader': {'name': 'bob', 'orgs': ['timm-smpconv'], 'role': 'read'},
     'hf_stranger': {'name': 'eve', 'role': 'write'},
 }
+
+# Shells ignore SIGINT in what they start in the background, and children inherit that; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CPU_BACKENDS = [name for name in BACKENDS if name != 'triton']
 
