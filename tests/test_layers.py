@@ -217,6 +217,7 @@ REFUSED = {  # where: (what, message)
     'small': [
         (partial(nn.Conv2d, 4, 4, 3, padding=2, dilation=2, groups=4), 'must be a depthwise convolution that keeps'),
         (partial(nn.Conv2d, 4, 4, 5, padding=2), 'must be a depthwise convolution that keeps'),
+        (partial(nn.Conv2d, 4, 4, 9, padding=4, groups=4), 'must not be larger than the large branch'),
         (partial(MergedConv2d, 4, 4, 5, 1, 2, groups=4, activation='relu'), 'must be an SMPConv2d or an nn.Conv2d'),
     ],
     'large.act': [(nn.SiLU, 'must be an Identity to be merged, got SiLU')],

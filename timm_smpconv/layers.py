@@ -243,6 +243,8 @@ class RepSMPConv2d(nn.Module):
             if not branch.is_same_depthwise():
                 raise _refused(branch.like, name, 'must be a depthwise convolution that keeps the size')
         dy, dx = [(k - s) // 2 for k, s in zip(large.weight.shape[2:], small.weight.shape[2:])]
+        if dy < 0 or dx < 0:
+            raise _refused(small.like, 'small', 'must not be larger than the large branch')
         weight = large.weight + F.pad(small.weight, (dx, dx, dy, dy))
         bias = large.bias if small.bias is None else small.bias if large.bias is None else large.bias + small.bias
         return large._replace(weight=weight, bias=bias).build()
@@ -275,10 +277,11 @@ class NormClassifierHead(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.in_features = in_features
-        self.norm: nn.Module = nn.BatchNorm2d(in_features, **dd)
         if inference_mode:
-            self.norm = MergedConv2d(in_features, in_features, 1, groups=in_features, **dd)
+            self.norm: nn.Module = MergedConv2d(in_features, in_features, 1, groups=in_features, **dd)
             nn.init.ones_(self.norm.weight)
+        else:
+            self.norm = nn.BatchNorm2d(in_features, **dd)
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, global_pool, **dd)
 

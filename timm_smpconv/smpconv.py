@@ -204,15 +204,15 @@ class SMPConvNet(CheckedLoading):
     """(B, in_chans, H, W) with H, W at least 32 → (B, num_classes).
 
     Args:
-        depths: Pairs of blocks in every stage.
-        dims: Channels of every stage; the stem has the first.
-        kernel_sizes: Large kernel of every stage, odd.
-        small_kernel: Kernel beside the large ones, odd.
-        points: Points of every stage's kernels, at least 1; K * K // points_divisor by default.
+        depths: Pairs of blocks in each stage.
+        dims: Channels of each stage. The stem has as many as the first.
+        kernel_sizes: Size of each stage's large kernels, odd.
+        small_kernel: Size of the kernels beside the large ones, odd.
+        points: Points of each stage's kernels, at least 1; K * K // points_divisor by default.
         points_divisor: 4 in tiny and base, 8 in the mobile models.
         mlp_ratio: Expansion of the feed-forward blocks.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth, rising linearly from 0 over the pairs of blocks.
+        drop_path_rate: Stochastic depth in [0, 1), rising linearly from 0 over the pairs of blocks.
         inference_mode: Build the merged architecture, into which a merged checkpoint loads.
 
     Raises:
@@ -297,7 +297,7 @@ class SMPConvNet(CheckedLoading):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Names of the positions and radii; the points' weights do decay."""
+        """Names of the positions and radii. The points' weights do decay."""
         return {
             f'{name}.{which}' for name, module in self.named_modules() if isinstance(module, SMPKernel)
             for which in ('coords', 'radius')}
@@ -323,7 +323,7 @@ class SMPConvNet(CheckedLoading):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Put in place a new classifier (none for 0), and another pooling ('' for none) if given."""
+        """Replace the classifier (none for 0), and the pooling if given ('' for none)."""
         like = next(self.stem.parameters())
         self.head.reset(num_classes, global_pool, device=like.device, dtype=like.dtype)
         self.num_classes = num_classes
@@ -342,14 +342,14 @@ class SMPConvNet(CheckedLoading):
 
         Args:
             x: (B, C, H, W).
-            indices: The last n stages for an integer, all for None, else those named.
-            norm: Apply the head's BatchNorm to the last stage's output.
-            stop_early: Stop behind the last stage asked for.
-            output_fmt: 'NCHW' only.
-            intermediates_only: Return the list alone.
+            indices: An integer n for the last n stages, None for all, or the stages' numbers.
+            norm: Apply the head's norm to the last stage's output.
+            stop_early: Skip the stages after the last one in `indices`.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Return only the list.
 
         Returns:
-            What `forward_features` returns, if no stage was left out, and the list of intermediates.
+            The output of the last stage that ran, and the list of intermediates.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -371,7 +371,7 @@ class SMPConvNet(CheckedLoading):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Remove the stages behind the last of `indices`, and the head's BatchNorm and classifier as asked."""
+        """Remove the stages after the last one in `indices`, and the head's norm and classifier if asked."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[:max_index + 1]
         if prune_norm:
@@ -381,7 +381,7 @@ class SMPConvNet(CheckedLoading):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) → (B, num_features, H / 32, W / 32), before the head's BatchNorm."""
+        """(B, C, H, W) → (B, num_features, H / 32, W / 32), before the head's norm."""
         return self.stages(self.stem(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
