@@ -47,7 +47,8 @@ args = parser.parse_args(rest)
 if __name__ == '__main__':
     assert timm.is_model('smpconv_tiny') and 'smpadamw' in timm.optim.list_optimizers()
     settings = {key: value for key, value in vars(args).items() if key != 'func'}
-    json.dump(dict(settings, argv=sys.argv, path=sys.path[0]), open(args.out, 'w'))
+    with open(args.out, 'w') as file:
+        json.dump(dict(settings, argv=sys.argv, path=sys.path[0]), file)
 '''
 
 
