@@ -4,7 +4,7 @@ Shapes: B batch, C channels, H and W height and width.
 """
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generator, Optional, Tuple, Union, cast
+from typing import Any, Generator, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -133,7 +133,7 @@ class MergedConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype)
         self.activation = activation
-        self.packed = cast(Optional[PackedWeight], None)  # TorchScript warns of an annotation here
+        self.packed: Optional[PackedWeight] = None
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's convolutions."""
