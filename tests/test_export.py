@@ -12,7 +12,7 @@ from timm.utils import reparameterize_model
 BATCH = torch.export.Dim('batch', min=1, max=64)
 
 
-@pytest.fixture(params=['unmerged', 'merged'])
+@pytest.fixture(params=[pytest.param('unmerged', marks=pytest.mark.slow), 'merged'])
 def exportable(request):
     model = small_model(depths=(1, 1, 1, 1))
     return reparameterize_model(model) if request.param == 'merged' else model
