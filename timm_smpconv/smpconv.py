@@ -200,7 +200,20 @@ class SMPStage(nn.Module):
         return self.blocks(x)
 
 
-class SMPConvNet(CheckedLoading):
+class _MergesAtOnce(nn.Module):
+    """A network that timm's tool merges as a whole, or not at all.
+
+    The tool replaces the children one by one, the stem first, and never asks the network itself. The other parts merge
+    when the stem is replaced by a merged one, so that one that cannot be merged leaves the whole network unmerged.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, SMPStem) and value.merged:
+            merge_parts(self, skip='stem')
+        super().__setattr__(name, value)
+
+
+class SMPConvNet(_MergesAtOnce, CheckedLoading):
     """(B, in_chans, H, W) with H, W at least 32 → (B, num_classes).
 
     Args:
@@ -283,13 +296,6 @@ class SMPConvNet(CheckedLoading):
         self.head_hidden_size = self.head.num_features
         if not inference_mode:
             self.apply(_init_weights)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # timm's tool replaces the children of a network one by one, the stem first, and never asks the network itself.
-        # The other parts merge here, so that one that cannot be merged leaves the whole network unmerged.
-        if isinstance(value, SMPStem) and value.merged:
-            merge_parts(self, skip='stem')
-        super().__setattr__(name, value)
 
     def reparameterize(self) -> None:
         """Merge all parts in place, or none."""
@@ -391,7 +397,7 @@ class SMPConvNet(CheckedLoading):
         return self.forward_head(self.forward_features(x))
 
 
-class SMPFeatureListNet(CheckedLoading, FeatureListNet):
+class SMPFeatureListNet(_MergesAtOnce, CheckedLoading, FeatureListNet):
     """The default wrapper of a features_only model."""
 
 

@@ -24,9 +24,10 @@ try:
     sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]  # the package of this checkout, and the oracle of its tests
     import reference
     from card import model_card
-    from sources import FILES, SOURCES, SourcesError, file_sha256, load_sources
+    from sources import FILES, SOURCES, SourcesError, load_sources
 
     from timm_smpconv.checkpoint import CheckpointError, checkpoint_filter_fn, read_checkpoint, select_weights
+    from timm_smpconv.compat import file_sha256
     from timm_smpconv.console import robust_output
     from timm_smpconv.files import replace_together
 except KeyboardInterrupt:  # these imports take seconds

@@ -19,8 +19,9 @@ try:
     from card import with_address
     from huggingface_hub import HfApi, constants, get_token, hf_hub_download
     from huggingface_hub.utils import HFValidationError, validate_repo_id
-    from sources import FILES, SOURCES, SourcesError, file_sha256, load_sources, record
+    from sources import FILES, SOURCES, SourcesError, load_sources, record
 
+    from timm_smpconv.compat import file_sha256
     from timm_smpconv.console import robust_output
     from timm_smpconv.pretrained import _CLIENT_ERRORS, _first_line
 except KeyboardInterrupt:  # these imports take seconds

@@ -1,5 +1,4 @@
 """sources.yaml: reads it, and records in it without losing its comments. Also the files of a folder of weights."""
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -39,14 +38,6 @@ def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
         if not isinstance(entry['hub_id'], str):
             raise SourcesError(f'{rule}, where the hub_id of {name} is {entry["hub_id"]!r}')
     return entries
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open('rb') as file:
-        while chunk := file.read(2 ** 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def record(path: Path, name: str, values: Dict[str, str]) -> None:
