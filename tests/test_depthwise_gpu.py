@@ -10,7 +10,7 @@ from conftest import TOLERANCE, difference
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import use_backend
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')]
+pytestmark = pytest.mark.gpu  # skipped where there is none, see conftest.py
 DTYPE = torch.bfloat16
 
 

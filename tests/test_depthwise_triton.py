@@ -134,7 +134,6 @@ def test_an_image_of_nan_stays_alone():
 
 
 @pytest.mark.gpu  # Triton's interpreter runs programs one after another: it is deterministic whatever they do
-@pytest.mark.skipif(not ON_GPU, reason='no GPU')
 def test_the_same_gradients_every_time():
     x, weight, _, cotangent = tensors(64, 96, 28, 28, 29, 29, dtype=torch.float32)
     runs = []
