@@ -15,10 +15,14 @@ import pytest
 import timm
 from hub_server import HubServer
 from huggingface_hub import constants, file_download
+from reference import in_authors_layout
+from timm.models import save_for_hf
 
 from timm_smpconv.ops import BACKENDS
 
 MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
+
+SMALL = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5))  # of `small_model`
 
 TOKENS = {  # users of the Hub of hub_server.py
     'hf_writer': {'name': 'alice', 'orgs': ['timm-smpconv'], 'role': 'write'},
@@ -96,8 +100,7 @@ def small_model(shake=True, **kwargs):
     By default it goes through `shake_norms` and `wake_weights`.
     """
     torch.manual_seed(0)
-    args = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5), num_classes=10)
-    model = timm.create_model('smpconv_tiny', **dict(args, **kwargs)).eval()
+    model = timm.create_model('smpconv_tiny', **{**SMALL, 'num_classes': 10, **kwargs}).eval()
     return wake_weights(shake_norms(model)) if shake else model
 
 
@@ -147,6 +150,33 @@ def model():
 @pytest.fixture
 def images():
     return torch.randn(2, 3, 64, 96)
+
+
+@pytest.fixture
+def authors(model):
+    """The weights of the small model as the authors' code would save them."""
+    sd = in_authors_layout(model.state_dict())
+    for key, value in list(sd.items()):
+        if key.endswith('.radius'):
+            sd[key] = value.reshape(1, -1, 1, 1)
+            sd[key.replace('radius', 'kernel_coord')] = torch.zeros(1, 2, 3, 3)
+    return sd
+
+
+@pytest.fixture
+def file(tmp_path, model):
+    """The small model's weights and its classifier of 10 classes."""
+    torch.save(model.state_dict(), tmp_path / 'ours.pth')
+    return str(tmp_path / 'ours.pth')
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of timm's with the weights of another small model, of 10 classes too."""
+    other = small_model()
+    torch.nn.init.normal_(other.head.fc.weight)
+    save_for_hf(other, tmp_path / 'folder', model_args=SMALL, safe_serialization='both')
+    return tmp_path / 'folder'
 
 
 @pytest.fixture

@@ -1,18 +1,13 @@
 """Checkpoints of the authors against the oracle network, every way to load one, and every way in which one is bad."""
 import argparse
-import copy
-import logging
 import os
 
 import pytest
 import timm
 import torch
 from conftest import MODELS, difference, small_model
-from hub_server import Repository
-from reference import authors_state_dict, in_authors_layout, logits
+from reference import authors_state_dict, logits
 from safetensors.torch import save_file
-from timm.models import load_checkpoint, save_for_hf
-from timm.utils import reparameterize_model
 from torch.serialization import set_crc32_options
 
 from timm_smpconv import CheckpointError
@@ -83,17 +78,6 @@ def test_authors_checkpoint_gives_the_oracles_logits_and_gradients(name, h, w, t
         assert difference(g, e.reshape(g.shape)) < 1e-4, key
 
 
-@pytest.fixture
-def authors(model):
-    """The weights of the small model as the authors' code would save them."""
-    sd = in_authors_layout(model.state_dict())
-    for key, value in list(sd.items()):
-        if key.endswith('.radius'):
-            sd[key] = value.reshape(1, -1, 1, 1)
-            sd[key.replace('radius', 'kernel_coord')] = torch.zeros(1, 2, 3, 3)
-    return sd
-
-
 def zeros(sd):
     return {k: torch.zeros_like(v) for k, v in sd.items()}
 
@@ -150,124 +134,6 @@ def test_file_formats(suffix, tmp_path, model, images):
     twin = load_small(dict(file=path))
     assert torch.equal(twin(images), model(images))
     assert 'state_dict' not in twin.pretrained_cfg
-
-
-@pytest.fixture
-def file(tmp_path, model):
-    """The small model's weights and its classifier of 10 classes."""
-    torch.save(model.state_dict(), tmp_path / 'ours.pth')
-    return str(tmp_path / 'ours.pth')
-
-
-@pytest.fixture
-def said(caplog):
-    """The warnings about classifiers that were logged so far."""
-    caplog.set_level(logging.WARNING, 'timm_smpconv')
-    return lambda: [r.getMessage() for r in caplog.records if 'keeps its initial weights' in r.getMessage()]
-
-
-def test_the_classifier_of_a_file_is_loaded_if_the_model_has_as_many_classes(tmp_path, file, model, authors, said):
-    theirs = save_as_the_authors_do(tmp_path / 'theirs.pth', authors)
-    for overlay in dict(file=file), dict(file=theirs), dict(state_dict=model.state_dict()):
-        for classes in 10, None:
-            assert same(load_small(overlay, num_classes=classes).state_dict(), model.state_dict())
-    merged = reparameterize_model(model)
-    torch.save(merged.state_dict(), tmp_path / 'merged.pth')
-    assert same(
-        load_small(dict(file=str(tmp_path / 'merged.pth')), inference_mode=True).state_dict(), merged.state_dict())
-    assert not said()
-
-
-def test_other_channels(file, model, said):
-    gray = load_small(dict(file=file), in_chans=1)  # timm sums the first convolution over its input channels
-    x = torch.ones(1, 3, 32, 32)
-    assert difference(gray(x[:, :1]), model(x)) < 1e-5 and not said()
-
-
-@pytest.mark.parametrize('kwargs,overlay,message', [
-    (
-        dict(num_classes=5), {},
-        '(num_classes=5) is not loaded and keeps its initial weights: FILE has 10 classes, and pretrained_cfg has '
-        'num_classes=10'),
-    (dict(num_classes=10), dict(num_classes=-1), 'FILE has 10 classes, and pretrained_cfg has num_classes=-1'),
-    (dict(num_classes=None), dict(num_classes=-1), '(num_classes=default) is not loaded'),  # what train.py passes
-    (dict(num_classes=0), {}, None),
-    (dict(features_only=True), {}, None),
-])
-def test_a_classifier_that_is_not_loaded_is_logged(kwargs, overlay, message, file, model, images, said):
-    twin = load_small(dict(file=file, **overlay), **kwargs)
-    features = twin(images)[-1] if 'features_only' in kwargs else twin.forward_features(images)
-    assert torch.equal(features, model.forward_features(images))
-    if message:
-        (warning,) = said()
-        assert message.replace('FILE', file) in warning
-    else:
-        assert not said()
-
-
-def test_a_file_without_classifier(file, model, said):
-    torch.save({k: v for k, v in model.state_dict().items() if 'head.fc' not in k}, file)
-    assert load_small(dict(file=file)).num_classes == 10
-    assert f'{file} has 0 classes, and pretrained_cfg has num_classes=1000' in said()[0]
-    with pytest.raises(CheckpointError, match=r'2 missing \(head.fc.weight, head.fc.bias\)'):
-        load_small(dict(file=file), num_classes=1000)
-
-
-REPO = 'alice/small'
-SMALL = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder of timm's with the weights of another small model, of 10 classes too."""
-    other = small_model()
-    torch.nn.init.normal_(other.head.fc.weight)
-    save_for_hf(other, tmp_path / 'folder', model_args=SMALL, safe_serialization='both')
-    return tmp_path / 'folder'
-
-
-@pytest.fixture
-def hub(server, folder):
-    """That folder on a Hub."""
-    server.repositories[REPO] = repository = Repository(private=False)
-    repository.commit('main', 'small', {
-        path.name: repository.store(path.read_bytes(), large=path.suffix != '.json') for path in folder.iterdir()})
-
-
-@pytest.mark.parametrize('source,overlay', [
-    ('smpconv_tiny', 'file'), ('smpconv_tiny', 'url'), ('hub', 'file'), ('hub', 'url'), ('hub', 'state_dict'),
-    ('folder', 'file'), ('folder', 'url'),
-])
-def test_what_an_overlay_names_is_loaded(source, overlay, file, folder, hub, tmp_path, model, images):
-    name = {'hub': f'hf-hub:{REPO}', 'folder': f'local-dir:{folder}'}.get(source, source)
-    value = {'file': file, 'url': f'file://{file}', 'state_dict': model.state_dict()}[overlay]
-    twin = load(name, overlay={overlay: value, 'num_classes': 10}, cache_dir=tmp_path / 'cache', **SMALL)
-    assert torch.equal(twin(images), model(images))
-
-
-@pytest.mark.parametrize('source', ['hub', 'folder', 'overlay'])
-def test_what_a_folder_or_a_repository_holds_is_loaded(source, folder, hub, tmp_path, images, said):
-    name = {'hub': f'hf-hub:{REPO}', 'folder': f'local-dir:{folder}', 'overlay': 'smpconv_tiny'}[source]
-    overlay = dict(hf_hub_id=REPO) if source == 'overlay' else None
-    expected = small_model(shake=False)
-    expected.load_state_dict(torch.load(folder / 'pytorch_model.bin'))
-    for classes in 10, None:
-        twin = load(name, overlay=overlay, num_classes=classes, cache_dir=tmp_path / 'cache', **SMALL)
-        assert torch.equal(twin(images), expected(images)) and not said()
-    load(name, overlay=overlay, num_classes=5, cache_dir=tmp_path / 'cache', **SMALL)
-    assert len(said()) == (source == 'overlay')  # the other two are described by their own config.json
-
-
-def test_a_url_whose_classes_are_unknown(file, tmp_path, said):
-    load('smpconv_tiny', overlay=dict(url=f'file://{file}'), cache_dir=tmp_path / 'cache', num_classes=10, **SMALL)
-    assert 'has unknown classes, and pretrained_cfg has num_classes=1000' in said()[0]
-
-
-def test_timms_own_functions(file, model):
-    assert same(small_model(checkpoint_path=file, shake=False).state_dict(), model.state_dict())
-    twin = small_model(shake=False)
-    load_checkpoint(twin, file)
-    assert same(twin.state_dict(), model.state_dict())
 
 
 class Payload:
@@ -412,145 +278,3 @@ def test_a_checkpoint_that_does_not_fit_says_where(change, message, authors, tmp
     for num_classes in 10, 5:
         with pytest.raises(CheckpointError, match=message):
             load_small(dict(file=str(path)), num_classes=num_classes)
-
-
-BAD_VALUES = {
-    'shape': (lambda v: torch.zeros(3, 3), r'\(3, 3\) instead of'),
-    'int8': (torch.Tensor.char, 'must have a floating point dtype, got torch.int8'),
-    'bool': (torch.Tensor.bool, 'must have a floating point dtype, got torch.bool'),
-    'complex': (lambda v: v.cfloat(), 'must have a floating point dtype, got torch.complex64'),
-    'quantised': (
-        lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
-        'must have a floating point dtype, got torch.qint8'),
-    'sparse': (torch.Tensor.to_sparse, 'must be a dense tensor, got torch.sparse_coo'),
-    'nested': (lambda v: torch.nested.as_nested_tensor([v.flatten(), v.flatten()[:2]]), 'a dense tensor, got nested'),
-    'meta': (lambda v: v.to('meta'), 'must hold values, got a tensor on the meta device'),
-    'list': (torch.Tensor.tolist, 'must be a tensor, got list'),
-}
-
-
-def spoilt(state, end, change):
-    """The state with its last entry of that name changed, and all others unlike those of any model."""
-    key = [k for k in state if k.endswith(end)][-1]
-    state = {k: v + 1 for k, v in state.items()}
-    return dict(state, **{key: change(state[key])}), key
-
-
-HOLDERS = {
-    'net': small_model,
-    'features_only': lambda: small_model(features_only=True),
-    'copy of features_only': lambda: copy.deepcopy(small_model(features_only=True)),
-    'data parallel': lambda: torch.nn.DataParallel(small_model()),
-    'within': lambda: torch.nn.Sequential(small_model(), torch.nn.Linear(10, 2)),
-}
-
-
-@pytest.fixture(scope='module', params=HOLDERS)
-def holder(request):
-    """A model, or what holds one."""
-    return HOLDERS[request.param]()
-
-
-@pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors', 'ignore:torch.quantize_per_tensor')
-@pytest.mark.parametrize('kind', BAD_VALUES)
-def test_nothing_is_loaded_from_a_state_dict_with_a_bad_value(kind, holder):
-    change, message = BAD_VALUES[kind]
-    before = copy.deepcopy(holder.state_dict())
-    for end in 'kernel.weight', 'kernel.radius', 'bn.running_var':
-        state, key = spoilt(before, end, change)
-        for strict in True, False:
-            with pytest.raises(CheckpointError, match=message) as caught:
-                holder.load_state_dict(state, strict=strict)
-            assert key.removeprefix('module.').removeprefix('0.') in str(caught.value)
-            assert same(holder.state_dict(), before)
-
-
-@pytest.mark.parametrize('strict', [True, False])
-def test_points_that_are_not_finite_are_never_loaded(strict, holder):
-    before = copy.deepcopy(holder.state_dict())
-    for end in 'kernel.radius', 'kernel.coords':
-        for number in float('nan'), float('inf'), -float('inf'):
-            state, _ = spoilt(before, end, lambda v, number=number: torch.where(v == v.flatten()[-1], number, v))
-            with pytest.raises(CheckpointError, match='must be finite everywhere, got'):
-                holder.load_state_dict(state, strict=strict)
-            assert same(holder.state_dict(), before)
-
-
-@pytest.mark.parametrize('strict', [True, False])
-def test_points_out_of_range_are_loaded(strict, holder):
-    for end in 'kernel.radius', 'kernel.coords':
-        for number in 0., -1., 5.:
-            state, _ = spoilt(holder.state_dict(), end, lambda v, number=number: torch.full_like(v, number))
-            holder.load_state_dict(state, strict=strict)
-            assert same(holder.state_dict(), state)
-
-
-@pytest.mark.parametrize('change', [
-    lambda sd, key: without(sd, key), lambda sd, key: dict(sd, extra=sd[key]),
-    lambda sd, key: dict(without(sd, key), **{key.upper(): sd[key]})])
-def test_nothing_is_loaded_strictly_if_a_key_is_missing_or_unexpected(change, model):
-    for holder in model, small_model(features_only=True):
-        before = copy.deepcopy(holder.state_dict())
-        state, key = spoilt(before, 'kernel.weight', torch.clone)
-        with pytest.raises(CheckpointError, match=f'exactly the keys of the model, got .*({key}|extra)'):
-            holder.load_state_dict(change(state, key))
-        assert same(holder.state_dict(), before)
-
-
-def test_real_dtypes_that_differ_are_converted(model):
-    expected = model.state_dict()
-    for dtype in torch.float64, torch.float32:
-        # A counter averaged by timm's avg_checkpoints.py is a float.
-        model.load_state_dict({k: v.to(dtype) for k, v in expected.items()})
-        assert same(model.state_dict(), expected)
-    model.load_state_dict({k: v.int() if 'num_batches' in k else v.bfloat16() for k, v in expected.items()})
-    assert same(model.state_dict(), {k: v.bfloat16().to(v.dtype) for k, v in expected.items()})
-    for wrong in torch.bool, torch.complex64:
-        state, key = spoilt(expected, 'num_batches_tracked', lambda v, wrong=wrong: v.to(wrong))
-        with pytest.raises(CheckpointError, match=f'{key} must have an integer or floating point dtype, got {wrong}'):
-            model.load_state_dict(state)
-
-
-def test_a_model_without_values_takes_a_state_dict(model):
-    empty = small_model(device='meta', shake=False)
-    empty.load_state_dict(empty.state_dict())
-    empty.load_state_dict(model.state_dict(), assign=True)
-    assert same(empty.state_dict(), model.state_dict())
-
-
-def test_strict_false_loads_what_is_there(model):
-    result = model.load_state_dict({'head.fc.bias': torch.ones(10), 'other': torch.ones(1)}, strict=False)
-    assert result.unexpected_keys == ['other'] and 'stem.0.conv.weight' in result.missing_keys
-    assert model.head.fc.bias.tolist() == [1.] * 10
-
-
-def test_the_authors_layout_without_the_filter_says_what_to_do(authors, model):
-    with pytest.raises(CheckpointError, match='layout of the authors: load it through checkpoint_filter_fn'):
-        model.load_state_dict(authors)
-
-
-def test_merged_and_unmerged_checkpoints_are_not_mixed_up(tmp_path, model):
-    merged = reparameterize_model(model)
-    unmerged_file, merged_file = tmp_path / 'unmerged.pth', tmp_path / 'merged.pth'
-    torch.save(model.state_dict(), unmerged_file)
-    torch.save(merged.state_dict(), merged_file)
-    into_unmerged = 'state_dict is merged but the model is not: create the model with inference_mode=True'
-    into_merged = 'state_dict is not merged but the model is: load it into a model created without inference_mode'
-    for strict in (True, False):
-        with pytest.raises(CheckpointError, match=into_unmerged):
-            model.load_state_dict(merged.state_dict(), strict=strict)
-        with pytest.raises(CheckpointError, match=into_merged):
-            merged.load_state_dict(model.state_dict(), strict=strict)
-    for within in torch.nn.Sequential(model), torch.nn.Sequential(*model.stages):  # parts of something larger
-        state = torch.nn.Sequential(merged if len(within) == 1 else torch.nn.Sequential(*merged.stages)).state_dict()
-        state = state if len(within) == 1 else {k.removeprefix('0.'): v for k, v in state.items()}
-        before = copy.deepcopy(within.state_dict())
-        for strict in (True, False):
-            with pytest.raises(CheckpointError, match=into_unmerged):
-                within.load_state_dict(state, strict=strict)
-            assert len(within) > 1 or same(within.state_dict(), before)
-    for num_classes in (10, 4):
-        with pytest.raises(CheckpointError, match=into_unmerged):
-            load_small(dict(file=str(merged_file)), num_classes=num_classes)
-        with pytest.raises(CheckpointError, match=into_merged):
-            load_small(dict(file=str(unmerged_file)), num_classes=num_classes, inference_mode=True)

@@ -84,6 +84,7 @@ def test_demo_learns_merges_and_writes(tmp_path, capfd):
     assert radii.min() >= 1e-3 and radii.max() <= 1
 
 
+@pytest.mark.slow
 def test_the_seed_decides(small, tmp_path):
     def trained(seed, folder):
         torch.rand(seed + 1)  # the state of the generator before does not matter

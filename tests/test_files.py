@@ -167,6 +167,9 @@ def test_killed_at_every_system_call(kind, when, tmp_path, monkeypatch):
     assert not all(left)  # some were killed while a file was in no place
 
 
+# An interrupt between open() and the block that closes the file leaves that to the garbage collector.
+@pytest.mark.filterwarnings('ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 def test_an_interrupt_at_any_time(folder):
     """By a timer, so between any two instructions."""
     prepare(folder, 'files')

@@ -421,6 +421,7 @@ def test_a_card_that_the_hub_refuses(server, copy, publishing):
     assert set(server.files(MOBILE)) == {'.gitattributes'}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_train_py(tmp_path):
     """Its classes, channels and evaluation settings; EMA weights by default. OUT is a link to an empty folder."""
     sd = {'model': {}, 'ema': {}}
@@ -606,6 +607,7 @@ def test_an_interrupt_while_convert_and_publish_import():
         assert process.stderr.startswith(f'\n{program}: interrupted') and len(process.stderr.splitlines()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [
     torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float64))])
 def test_checkpoints_of_other_dtypes(folder, dtype, tmp_path):
