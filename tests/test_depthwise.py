@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
 from reference import conv_loop
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import BACKENDS, choice, use_backend
+from timm_smpconv.ops.backends import fft
 from timm_smpconv.ops.choice import CONV_RULES, CORR_RULES, choose
 from timm_smpconv.ops.derivatives import conv_op, corr_op
 
@@ -387,3 +390,22 @@ def test_few_channels_and_large_kernels_use_fft():
     assert choose(CONV_RULES, torch.empty(4, 3, 64, 64), 31, 31) == 'fft'
     for case in ((4, 3, 64, 64, 31, 31), (1, 4, 40, 56, 51, 51)):
         compare(tensors(*case), depthwise_conv2d, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize('dtype,k', [(torch.float64, 9), (torch.float32, 31)])  # fft, and a direct convolution
+def test_fake_tensors(dtype, k):
+    """As memory estimators and exporters use them: shapes without values."""
+    with FakeTensorMode(), torch.no_grad():
+        y = depthwise_conv2d(torch.empty(2, 8, 20, 20, dtype=dtype), torch.empty(8, 1, k, k, dtype=dtype))
+    assert y.shape == (2, 8, 20, 20) and y.dtype == dtype
+    inputs = tensors(2, 8, 20, 20, k, k, dtype=dtype)
+    graph = make_fx(lambda *args: depthwise_conv2d(*args), tracing_mode='fake')(*inputs)
+    assert difference(graph(*inputs), exact(*inputs)) < TOLERANCE[dtype]
+
+
+def test_a_plane_of_few_values_does_not_rule_out_a_transform():
+    x = (torch.randn(4, 8, 20, 20) - 2).relu()
+    assert fft.is_accurate(x, torch.randn(8, 1, 9, 9)) and fft.is_accurate(x.half(), torch.randn(8, 1, 9, 9).half())
+    x[1, 2, 3, 4] = 1e4
+    assert not fft.is_accurate(x, torch.randn(8, 1, 9, 9))
+    assert not fft.is_accurate(x.half(), torch.randn(8, 1, 9, 9).half())

@@ -1,5 +1,6 @@
 """The four models as timm users meet them. timm's own model tests run in test_timm_contract.py."""
 import copy
+import threading
 from itertools import starmap
 
 import pytest
@@ -13,6 +14,7 @@ from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from timm_smpconv import SMPKernel
+from timm_smpconv.ops import BACKENDS, use_backend
 from timm_smpconv.smpconv import SMPConvNet
 
 FACTS = {  # name: (trainable parameters, GMACs at 224 unmerged, stochastic depth, points per stage)
@@ -332,3 +334,20 @@ def test_bad_images_are_named(entrances, x, error, message):
 def test_bad_output_format(model, images):
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
         model.forward_intermediates(images, output_fmt='NLC')
+
+
+def test_layers_computed_again_use_the_backend_of_the_forward_pass(images, monkeypatch):
+    """Also where the backward pass runs in another thread, as on GPUs."""
+    calls = []
+    for name, backend in list(BACKENDS.items()):
+        monkeypatch.setitem(BACKENDS, name, backend._replace(
+            conv=lambda *args, name=name, conv=backend.conv: calls.append(name) or conv(*args)))
+    model = small_model()
+    model.set_grad_checkpointing()
+    with use_backend('fft'):
+        loss = model(images).square().sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    # The stem's convolution and its input gradient; the large and small one of five blocks, again, and their gradients.
+    assert calls == ['fft'] * (2 + 5 * 2 * 3)

@@ -188,8 +188,8 @@ FORMS = [['-c', '{}'], ['-c{}'], ['--config', '{}'], ['--config={}'], ['--conf',
 @pytest.mark.parametrize('text,message', [
     ('batch_size: 3\nbatchsize: 4\nmodle: x', 'must hold options of the script only, got batchsize, modle'),
     ('parser: x\nself: y', 'must hold options of the script only, got parser, self'),
-    ('batch_size: 3\nstart: x\nbatch_size: 4', 'the key batch_size stands twice'),
-    ('data: {a: 1, b: 2, a: 3}', 'the key a stands twice'),
+    ('batch_size: 3\nstart: x\nbatch_size: 4', "duplicate key 'batch_size'"),
+    ('data: {a: 1, b: 2, a: 3}', "duplicate key 'a'"),
     ('a: [', 'must be a YAML file'),
 ])
 @pytest.mark.parametrize('form', FORMS, ids=' '.join)

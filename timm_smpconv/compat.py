@@ -28,12 +28,11 @@ def register_optimizer(info: OptimInfo) -> None:
     """
     try:
         from timm.optim._optim_factory import default_registry
-    except ImportError as error:
+        default_registry.register(info)
+    except (ImportError, AttributeError, TypeError) as error:
         _logger.warning(
             'timm has no optimizer named %s: its registry was not found (%s). Use the class %s instead',
             info.name, error, getattr(info.opt_class, '__name__', info.opt_class))
-        return
-    default_registry.register(info)
 
 
 def feature_take_indices(

@@ -1,4 +1,4 @@
-"""Standard output and error of programs whose result must not depend on who reads them."""
+"""Standard output and error that survive closed pipes and limited encodings."""
 import os
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout

@@ -1,4 +1,4 @@
-"""Puts finished files or folders in the place of earlier ones: all of them or none.
+"""Replaces a set of files or folders: all of them or none.
 
 Everything happens by renaming within one folder:
 

@@ -25,7 +25,7 @@ from timm.layers import (
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]  # torchvision carries no type hints
 
 from .kernel import SMPKernel
-from .merged import MergedBlock, MergedConv2d, MergeError, check_mode, merge
+from .merged import MergedBlock, MergedConv2d, MergedNorm, MergeError, check_mode, merge
 from .ops import depthwise_conv2d
 
 __all__ = [
@@ -278,8 +278,9 @@ class NormClassifierHead(nn.Module):
         super().__init__()
         self.in_features = in_features
         if inference_mode:
-            self.norm: nn.Module = MergedConv2d(in_features, in_features, 1, groups=in_features, **dd)
-            nn.init.ones_(self.norm.weight)
+            conv = MergedConv2d(in_features, in_features, 1, groups=in_features, **dd)
+            nn.init.ones_(conv.weight)
+            self.norm: nn.Module = MergedNorm(conv).train()
         else:
             self.norm = nn.BatchNorm2d(in_features, **dd)
         self.drop = nn.Dropout(drop_rate)
@@ -311,7 +312,7 @@ class NormClassifierHead(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> 'NormClassifierHead':
-        if isinstance(self.norm, (MergedConv2d, nn.Identity)):  # merged or pruned already
+        if isinstance(self.norm, (MergedNorm, nn.Identity)):  # merged or pruned already
             return self
         check_mode(self)
         norm: Any = self.norm
@@ -320,7 +321,7 @@ class NormClassifierHead(nn.Module):
             self.in_features, self.in_features, 1, groups=self.in_features,
             device='meta', dtype=norm.running_var.dtype)
         merged = deepcopy(self)
-        merged.norm = _Convolution(like, scale.reshape(-1, 1, 1, 1), shift).build()
+        merged.norm = MergedNorm(_Convolution(like, scale.reshape(-1, 1, 1, 1), shift).build())
         return merged
 
 

@@ -12,7 +12,8 @@ import torch.nn as nn
 from .ops import ACTIVATIONS, PackedWeight, conv2d_in_steps, fused_conv2d
 
 __all__ = [
-    'MergeError', 'MergedBlock', 'MergedConv2d', 'check_mode', 'merge', 'merge_parts', 'merging_in_training_mode',
+    'MergeError', 'MergedBlock', 'MergedConv2d',
+    'MergedNorm', 'check_mode', 'merge', 'merge_parts', 'merging_in_training_mode',
     'prepack']
 
 _int_or_pair = Union[int, Tuple[int, int]]
@@ -152,6 +153,22 @@ class MergedConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, activation={self.activation}'
+
+
+class MergedNorm(nn.Module):
+    """The BatchNorm in front of a classifier as a 1×1 depthwise convolution, (B, C, H, W) → (B, C, H, W).
+
+    It has a key of its own in the state dict: version 0.1.0 folded the norm into the classifier as well, so a merged
+    checkpoint of that version must not load.
+    """
+
+    def __init__(self, conv: MergedConv2d):
+        super().__init__()
+        self.conv = conv
+        self.training = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
 
 
 class MergedBlock(nn.Module):

@@ -27,6 +27,7 @@ _OptimizerT = TypeVar('_OptimizerT', bound=Optimizer)
 
 def smp_param_groups(
         params: Union[nn.Module, Iterable[Any]],
+        *,
         radius_lr_scale: float = 0.1,
 ) -> List[Dict[str, Any]]:
     """Split positions and radii off their parameter groups, and note the rules of the points there.
@@ -119,7 +120,7 @@ def _split(
         radius_lr_scale: float,
         model: Optional[nn.Module] = None,
 ) -> List[Dict[str, Any]]:
-    """New groups: of each, first what is no point, then positions, then radii by range. Empty ones are left out."""
+    """Split each group into ordinary parameters, positions, and radii by range; drop empty groups."""
     kernels = live_kernels() if model is None else [m for m in model.modules() if isinstance(m, SMPKernel)]
     coords = {id(k.coords) for k in kernels}
     ranges = {id(k.radius): k.radius_range for k in kernels}
@@ -217,7 +218,7 @@ class SMPAdam(torch.optim.Adam):
             radius_lr_scale: float = 0.1,
             **kwargs: Any,
     ):
-        super().__init__(smp_param_groups(params, radius_lr_scale), lr=lr, **kwargs)
+        super().__init__(smp_param_groups(params, radius_lr_scale=radius_lr_scale), lr=lr, **kwargs)
         add_point_rules(self, radius_lr_scale=radius_lr_scale)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:

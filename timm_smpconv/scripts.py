@@ -6,7 +6,7 @@ import sys
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, List, Mapping
+from typing import Any, ClassVar, List, Mapping, Set
 from unittest import mock
 
 import timm
@@ -85,8 +85,8 @@ def run_script(path: Path, args: List[str]) -> None:
     """Run a script as `python PATH ARGS` would, with this package imported.
 
     There are two differences. The script may merge a model before it calls `eval()`, as timm's do for `--reparam`.
-    And a configuration, such as the one that timm's train.py reads for `-c FILE`, must hold options of the script only,
-    each once; the script alone would ignore a misspelled one and train without it.
+    And unknown or duplicate keys in a YAML configuration, such as the one that timm's train.py reads for `-c FILE`,
+    raise: the script alone would ignore a misspelled option and train without it.
 
     Raises:
         ScriptError: The script is not Python code, or its configuration is wrong.
@@ -100,6 +100,7 @@ def run_script(path: Path, args: List[str]) -> None:
         mock.patch.object(sys, 'path', [str(path.parent), *sys.path]),
         mock.patch.object(argparse.ArgumentParser, 'set_defaults', _set_known_defaults),
         mock.patch.object(yaml, 'SafeLoader', _UniqueKeyLoader),
+        mock.patch.object(_UniqueKeyLoader, 'keys', set()),
         merging_in_training_mode(),
     ):
         try:
@@ -112,18 +113,20 @@ _set_defaults = argparse.ArgumentParser.set_defaults
 
 
 def _set_known_defaults(parser: argparse.ArgumentParser, /, **settings: Any) -> None:
-    """`ArgumentParser.set_defaults`, to which timm's train.py passes its configuration. Refuses unknown options."""
+    """`ArgumentParser.set_defaults`, to which timm's train.py passes its configuration.
+
+    Refuses names that were read from a YAML file and are not options of the parser.
+    """
     options = {action.dest for action in parser._actions}  # argparse has no public list of them
-    unknown = sorted(
-        name for name, value in settings.items()
-        if name not in options and not callable(value))  # set_defaults(func=...) is how programs choose a subcommand
+    unknown = sorted(name for name in settings if name not in options and name in _UniqueKeyLoader.keys)
     if unknown:
         raise ScriptError(f'a configuration must hold options of the script only, got {", ".join(unknown)}')
     _set_defaults(parser, **settings)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping with a key that stands twice, which `yaml.SafeLoader` accepts against the specification."""
+    """Refuses duplicate keys, which `yaml.SafeLoader` accepts against the specification, and remembers all keys."""
+    keys: ClassVar[Set[str]] = set()
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -131,6 +134,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise yaml.composer.ComposerError(None, None, f'the key {key.value} stands twice', key.start_mark)
+                    raise yaml.composer.ComposerError(None, None, f'duplicate key {key.value!r}', key.start_mark)
                 seen.add((key.tag, key.value))
+                self.keys.add(key.value)
         return node

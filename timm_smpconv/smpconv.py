@@ -31,6 +31,7 @@ from .layers import (
     odd_sizes,
 )
 from .merged import MergedBlock, MergedConv2d, merge, merge_parts
+from .ops import requested_backend, use_backend
 from .pretrained import hub_id, prepare_pretrained
 
 __all__ = ['SMPConvNet']
@@ -196,15 +197,25 @@ class SMPStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+            backend = requested_backend()
+            if backend is None:
+                return checkpoint_seq(self.blocks, x)
+            # The backward pass computes the blocks again, on GPUs in another thread.
+            return checkpoint_seq([partial(_compute_by, backend, block) for block in self.blocks], x)
         return self.blocks(x)
+
+
+def _compute_by(backend: str, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with use_backend(backend):
+        return block(x)
 
 
 class _MergesAtOnce(nn.Module):
     """A network that timm's tool merges as a whole, or not at all.
 
-    The tool replaces the children one by one, the stem first, and never asks the network itself. The other parts merge
-    when the stem is replaced by a merged one, so that one that cannot be merged leaves the whole network unmerged.
+    The tool replaces the children one by one, the stem first, and does not call the network's own `reparameterize`. The
+    other parts merge when the stem is replaced by a merged one, so that one that cannot be merged leaves the whole
+    network unmerged. With a stem of another class each stage merges as a whole.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -299,7 +310,10 @@ class SMPConvNet(_MergesAtOnce, CheckedLoading):
 
     def reparameterize(self) -> None:
         """Merge all parts in place, or none."""
-        self.stem = self.stem.fuse()
+        if isinstance(self.stem, SMPStem):
+            self.stem = self.stem.fuse()  # and with it the others
+        else:
+            merge_parts(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

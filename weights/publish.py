@@ -123,7 +123,7 @@ def check_folder(folder: Path, repo_id: str, sources: Path) -> Optional[str]:
         written = f'{config["architecture"]}.{config["pretrained_cfg"]["tag"]}'
         expected = config['origin']['file_sha256']
         merged = {**config['model_args']}.get('inference_mode', False)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise PublishError(f'{rule} with another config.json: {type(error).__name__} {error}') from error
     if file_sha256(folder / 'model.safetensors') != expected:
         raise PublishError(f'{rule} with a model.safetensors that does not match its config.json')

@@ -1,6 +1,6 @@
 """The operators: torch only."""
 from .backends import BACKENDS as BACKENDS
-from .choice import use_backend as use_backend
+from .choice import requested_backend as requested_backend, use_backend as use_backend
 from .depthwise import depthwise_conv2d as depthwise_conv2d
 from .fused import (
     ACTIVATIONS as ACTIVATIONS,

@@ -1,4 +1,4 @@
-"""Which backend computes a convolution: the one somebody asked for, or the one that measured rules choose.
+"""Which backend computes a convolution: the requested one, or the one selected by benchmark rules.
 
 Shapes: B batch, C channels, H and W height and width, K and L height and width of the kernel.
 """
@@ -22,8 +22,9 @@ _requested: ContextVar[Optional[str]] = ContextVar('timm_smpconv_backend', defau
 def use_backend(name: str) -> Generator[None, None, None]:
     """Compute all convolutions called inside, and their gradients, by one of `BACKENDS`.
 
-    It holds for the current thread (or asyncio task) alone. `torch.compile` cannot trace it: in compiled code pass
-    `backend=` to `depthwise_conv2d`.
+    It holds for the current thread (or asyncio task) alone: not for the replicas of `nn.DataParallel`, nor for a
+    backward pass that computes checkpointed layers again in another thread (the models of this package see to that).
+    `torch.compile` cannot trace it: in compiled code pass `backend=` to `depthwise_conv2d`.
 
     Args:
         name: 'native', 'contiguous', 'channels_last', 'fft' or 'triton'.

@@ -33,10 +33,10 @@ def depthwise_conv2d(
         x: (B, C, H, W).
         weight: (C, 1, K, L) with odd K and L.
         bias: (C,).
-        backend: 'native', 'contiguous', 'channels_last', 'fft' or 'triton' for this call and its gradients. By default
-            that of `use_backend`, else the one measured rules choose; on other devices than CPUs 'native'. 'fft' is
-            accurate relative to the largest value of each plane (H, W) only, and is never chosen by the rules where
-            that matters.
+        backend: 'native', 'contiguous', 'channels_last', 'fft' or 'triton' for this call and its gradients. Defaults to
+            the backend set by `use_backend`, otherwise selected by benchmark rules on CPUs, and 'native' on other
+            devices. The errors of 'fft' are relative to the largest value of each plane (H, W); the rules never select
+            it where that matters.
 
     Returns:
         (B, C, H, W).
@@ -77,12 +77,13 @@ def depthwise_conv2d(
     if backend == 'native' or (backend is None and device_type != 'cpu'):
         return native.conv(x, weight, bias)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if torch.compiler.is_compiling():
-        # A compiler sees the standard operators where that is all it takes; a choice between more depends on values.
-        if recorded or (backend or choose(CONV_RULES, x, weight.shape[2], weight.shape[3])) in ('fft', 'triton'):
-            return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, backend)
-    elif recorded or private.transforms_active():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (recorded or private.transforms_active()):
         return Conv.apply(x, weight, bias, backend)
+    # Compilers and dispatch modes see standard operators, except where the choice depends on values, which may be fake.
+    if recorded or ((compiling or private.dispatch_mode_active() or type(x) is not torch.Tensor) and (
+            backend or choose(CONV_RULES, x, weight.shape[2], weight.shape[3])) in ('fft', 'triton')):
+        return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, backend)
     return conv(x, weight, bias, backend)  # without the operator, which takes 0.15 ms
 
 

@@ -46,7 +46,7 @@ class PackedWeight:
             dilation: Tuple[int, int],
             groups: int,
     ) -> torch.Tensor:
-        """The kept copy, made anew if the weight or the size of x changed; the weight itself if none can be kept."""
+        """The cached copy, rebuilt if the weight or the size of x changed; the weight itself if it cannot be cached."""
         # Such weights can change without a new version: fused optimizers count none.
         if weight.is_inference() or weight.requires_grad:
             return weight
@@ -56,7 +56,7 @@ class PackedWeight:
             packed = private.reordered_weight(weight, padding, stride, dilation, groups, x.shape)
             if packed is None:
                 return weight
-            # Keeping the weight, too, makes sure that no other one gets its address.
+            # Holding the weight, too, keeps its address from being reused.
             kept = self._kept = made_for, packed, weight.detach()
         return kept[1]
 

@@ -1,7 +1,7 @@
 """Private names of PyTorch that the operators use, and what happens without them.
 
-Every function looks its name up when it is called. If the name is gone, the function gives the answer that is always
-right and, at worst, slower: the operators then use PyTorch's standard ones.
+Every function looks its name up when it is called. If the name is gone, the function returns a safe default: the
+operators then use PyTorch's standard ones, which may be slower.
 """
 from typing import Any, FrozenSet, Optional, Sequence
 

@@ -13,8 +13,8 @@ from typing import Iterator, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-# Largest ratio of a plane's peak to its mean magnitude at which a transform is about as accurate as a direct
-# convolution: 5 for normal numbers, up to 30 for activations behind a ReLU.
+# Largest ratio of a plane's peak to the mean magnitude of its other nonzero values at which a transform is about as
+# accurate as a direct convolution: 5 for normal numbers, behind a ReLU too.
 _PEAK = 64
 # Weight gradients below this many units of rounding noise are checked for being exactly zero. Noise reaches 6 units.
 _NOISE = 64
@@ -65,9 +65,11 @@ def corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
 
 def is_accurate(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `conv` is about as accurate as a direct convolution: see the top of this file."""
-    peak = torch.linalg.vector_norm(x, math.inf, (2, 3))
-    mean = torch.linalg.vector_norm(x, 1, (2, 3)) / (x.shape[2] * x.shape[3])
-    return bool((peak <= _PEAK * mean).all()) and _range(peak, weight, x.shape[2:]) < 1
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    peak = torch.linalg.vector_norm(x, math.inf, (2, 3), dtype=dtype)
+    others = x.count_nonzero((2, 3)) - 1
+    mean = (torch.linalg.vector_norm(x, 1, (2, 3), dtype=dtype) - peak) / others.clamp(min=1)
+    return bool(((peak <= _PEAK * mean) | (others < 1)).all()) and _range(peak, weight, x.shape[2:]) < 1
 
 
 def is_in_range(grad: torch.Tensor, x: torch.Tensor) -> bool:
@@ -77,7 +79,7 @@ def is_in_range(grad: torch.Tensor, x: torch.Tensor) -> bool:
 
 
 def _range(a: torch.Tensor, b: torch.Tensor, size: Tuple[int, ...]) -> float:
-    """A bound of what is computed on the way, as a share of the largest number; NaN or infinity for such inputs."""
+    """Upper bound on intermediate values, as a fraction of the dtype's maximum; NaN or infinity for such inputs."""
     largest = [max(abs(limit.item()) for limit in t.aminmax()) for t in (a, b)]
     dtype = torch.promote_types(a.dtype, torch.float32)
     # Sums over the two planes and the inverse transform, of at most twice the length.
