@@ -271,7 +271,6 @@ COORDS = 'stages.1.blocks.0.large_kernel.smp.conv.weight_coord'
     (lambda sd: {}, 'missing'),
     (lambda sd: {'state_dict': {}}, 'missing'),
 ])
-@pytest.mark.filterwarnings('ignore:Validating sparse tensor invariants')
 def test_a_checkpoint_that_does_not_fit_says_where(change, message, authors, tmp_path):
     path = tmp_path / 'a.pth'
     torch.save(change(authors), path)

@@ -8,7 +8,6 @@ from typing import Any, Container, Dict, Iterable, List, Mapping, Optional, Sequ
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
-from timm.models import clean_state_dict
 
 from .kernel import check_points
 
@@ -34,6 +33,7 @@ _RENAMES = (
 )
 _CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 _ADAPTED = ('stem.0.conv.weight', *_CLASSIFIER)  # timm adapts these to in_chans and num_classes after the filter
+_PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
 _POSITIONS = re.compile(r'(^|\.)kernel\.(coords|radius)$')
 
 
@@ -228,12 +228,12 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _clean(state_dict: Mapping[Any, Any]) -> Dict[str, Any]:
-    """Without the prefixes of DistributedDataParallel and torch.compile."""
+    """The state dict without `_PREFIXES`."""
     cleaned: Dict[str, Any] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
             raise CheckpointError(f'state_dict must have names as keys, got {key!r}')
-        (name,) = clean_state_dict({key: value})
+        name = _PREFIXES.sub('', key)
         if name in cleaned:
             raise CheckpointError(f'state_dict must hold every weight once, got {name} with and without a prefix')
         cleaned[name] = value

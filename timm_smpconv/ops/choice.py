@@ -15,6 +15,7 @@ from .backends import BACKENDS, Backend, fft
 __all__ = ['use_backend']
 
 _logger = logging.getLogger(__name__)
+_TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
 _requested: ContextVar[Optional[str]] = ContextVar('timm_smpconv_backend', default=None)
 
 
@@ -24,7 +25,8 @@ def use_backend(name: str) -> Generator[None, None, None]:
 
     It holds for the current thread (or asyncio task) alone: not for the replicas of `nn.DataParallel`, nor for a
     backward pass that computes checkpointed layers again in another thread (the models of this package see to that).
-    `torch.compile` cannot trace it: in compiled code pass `backend=` to `depthwise_conv2d`.
+    `torch.compile` cannot trace it, and before torch 2.14 does not see it: in compiled code pass `backend=` to
+    `depthwise_conv2d`.
 
     Args:
         name: 'native', 'contiguous', 'channels_last', 'fft' or 'triton'.
@@ -46,7 +48,9 @@ def use_backend(name: str) -> Generator[None, None, None]:
 
 
 def requested_backend() -> Optional[str]:
-    """The backend of the innermost `use_backend`, None outside."""
+    """The backend of the innermost `use_backend`, None outside; also None in code that torch before 2.14 compiles."""
+    if _TORCH < (2, 14) and torch.compiler.is_compiling():
+        return None
     return _requested.get()
 
 
