@@ -486,3 +486,15 @@ def test_render_kernel_names_the_bad_argument(arguments, message):
 def test_smp_kernel_names_the_bad_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         SMPKernel(**dict(dict(channels=2, size=(3, 3), points=4), **arguments))
+
+
+@pytest.mark.parametrize('name', ['coords', 'radius', 'weight'])
+@pytest.mark.parametrize('change', [torch.Tensor.char, torch.Tensor.bool, torch.Tensor.cfloat, torch.Tensor.to_sparse])
+def test_loading_refuses_what_it_would_have_to_cast(name, change):
+    layer = torch.nn.Sequential(SMPKernel(2, (5, 5), 3))
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    state = {k: v + 1 for k, v in before.items()}
+    state[f'0.{name}'] = change(state[f'0.{name}'])
+    with pytest.raises(RuntimeError, match=rf'0\.{name} must be a dense floating-point tensor, got torch\.'):
+        layer.load_state_dict(state)
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())

@@ -171,8 +171,7 @@ def check_points(name: str, tensor: torch.Tensor) -> None:
         Traceback (most recent call last):
         ValueError: kernel.radius must be finite everywhere, got nan
     """
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
-        raise ValueError(f'{name} must be a dense floating-point tensor, got {tensor.dtype}, {tensor.layout}')
+    _check_dense(name, tensor)
     if tensor.is_meta:
         return
     value = tensor.detach()
@@ -183,6 +182,11 @@ def check_points(name: str, tensor: torch.Tensor) -> None:
     wrong = value[~value.isfinite()]
     if wrong.numel():
         raise ValueError(f'{name} must be finite everywhere, got {wrong[0].item()}')
+
+
+def _check_dense(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise ValueError(f'{name} must be a dense floating-point tensor, got {tensor.dtype}, {tensor.layout}')
 
 
 # Where optimizers that are given bare parameters look for points: attributes of a parameter are lost in deep copies, in
@@ -298,10 +302,10 @@ class SMPKernel(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         try:
-            for name in ('coords', 'radius'):
+            for name, check in (('coords', check_points), ('radius', check_points), ('weight', _check_dense)):
                 value = state_dict.get(prefix + name)
                 if isinstance(value, torch.Tensor):
-                    check_points(prefix + name, value)
+                    check(prefix + name, value)
         except ValueError as error:
             error_msgs = args[-1]
             error_msgs.append(str(error))
