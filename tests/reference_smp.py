@@ -82,31 +82,32 @@ def authors_state_dict(name, seed=0, dtype=torch.float32, **changes):
     config = {**CONFIGS[name], **changes}
     size, points, small = config['size'], config['points'], config['small']
     dims = len(size)
-    sd = RandomWeights(seed, dtype)
+    draw = RandomWeights(seed, dtype)
+    sd = draw.sd
 
     def smp(key, in_chs, out_chs, bias):
-        radius = config['radius'] * 2 ** (torch.rand(out_chs, points, generator=sd.generator) * 4 - 1)
+        radius = config['radius'] * 2 ** (torch.rand(out_chs, points, generator=draw.generator) * 4 - 1)
         radius = sd[f'{key}.Kernel.radius'] = radius.to(dtype).reshape(out_chs, points, *(1,) * dims)
         coords = sd[f'{key}.Kernel.weight_coord'] = torch.zeros(out_chs, points, dims, dtype=dtype)
         bad = torch.ones(out_chs, points, dtype=torch.bool)
         while bad.any():
-            drawn = torch.randn(int(bad.sum()), dims, generator=sd.generator) * config['spread']
+            drawn = torch.randn(int(bad.sum()), dims, generator=draw.generator) * config['spread']
             drawn = 1 - drawn.abs() if dims == 1 else drawn
             coords[bad] = drawn.clamp(-1, 1).to(dtype)
             bad[bad.clone()] = on_edge(coords[bad], radius.flatten(1)[bad], size)
-        sd.normal(f'{key}.Kernel.weights', out_chs, in_chs, points, std=(in_chs * points) ** -0.5)
+        draw.normal(f'{key}.Kernel.weights', out_chs, in_chs, points, std=(in_chs * points) ** -0.5)
         if bias:
-            sd.normal(f'{key}.bias', out_chs, std=0.2)
+            draw.normal(f'{key}.bias', out_chs, std=0.2)
         sd[f'{key}.train_length'] = torch.tensor([size[0]], dtype=torch.int32)
 
     def pair(prefix, number, in_chs, out_chs, small_bias):
         smp(f'{prefix}cconv{number}', in_chs, out_chs, config['bias'])
         taps = (small,) * dims
-        sd.normal(f'{prefix}cconv{number}s.weight', out_chs, in_chs, *taps, std=(in_chs * small ** dims) ** -0.5)
+        draw.normal(f'{prefix}cconv{number}s.weight', out_chs, in_chs, *taps, std=(in_chs * small ** dims) ** -0.5)
         if small_bias:
-            sd.normal(f'{prefix}cconv{number}s.bias', out_chs, std=0.2)
-        sd.norm(f'{prefix}norm{number}', out_chs)
-        sd.norm(f'{prefix}norm{number}s', out_chs)
+            draw.normal(f'{prefix}cconv{number}s.bias', out_chs, std=0.2)
+        draw.norm(f'{prefix}norm{number}', out_chs)
+        draw.norm(f'{prefix}norm{number}s', out_chs)
 
     width, widths = config['in_chans'], config['widths']
     if dims == 2:
@@ -117,12 +118,12 @@ def authors_state_dict(name, seed=0, dtype=torch.float32, **changes):
         pair(block, 1, in_chs, out_chs, small_bias=False)
         pair(block, 2, out_chs, out_chs, small_bias=False)
         if in_chs != out_chs:
-            sd.normal(f'{block}shortcut.0.weight', out_chs, in_chs, *(1,) * dims, std=in_chs ** -0.5)
-            sd.normal(f'{block}shortcut.0.bias', out_chs, std=0.2)
+            draw.normal(f'{block}shortcut.0.weight', out_chs, in_chs, *(1,) * dims, std=in_chs ** -0.5)
+            draw.normal(f'{block}shortcut.0.bias', out_chs, std=0.2)
     head, ones = ('finallyr', ()) if dims == 1 else ('out_layer', (1, 1))
-    sd.normal(f'{head}.weight', config['num_classes'], widths[-1], *ones, std=widths[-1] ** -0.5)
-    sd.normal(f'{head}.bias', config['num_classes'], std=0.2)
-    return dict(sd)
+    draw.normal(f'{head}.weight', config['num_classes'], widths[-1], *ones, std=widths[-1] ** -0.5)
+    draw.normal(f'{head}.bias', config['num_classes'], std=0.2)
+    return sd
 
 
 def on_edge(coords, radius, size):
