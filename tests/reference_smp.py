@@ -44,7 +44,7 @@ def distances(coords, size):
 def render(coords, radius, weight, size):
     """As `reference.kernel_loop` with the average, all entries at once: radius (O, P), weight (O, I, P)."""
     terms = (1 - distances(coords, size).flatten(2) / radius[..., None]).clamp(min=0)
-    average = terms / ((terms != 0).sum(1, keepdim=True) + 1e-6)
+    average = terms / ((terms != 0).sum(1, keepdim=True, dtype=terms.dtype) + 1e-6)
     return (weight @ average).unflatten(-1, size)  # (O, I, *K)
 
 
