@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from reference import RandomWeights
+from torch.utils.checkpoint import checkpoint
 
 _SEQUENCE = dict(in_chans=1, num_classes=10, widths=(30,) * 6, points=30, small=5, spread=0.2, bias=False)
 
@@ -27,25 +28,22 @@ CONFIGS: Dict[str, Dict[str, Any]] = {
 }
 
 
-def positions(count, **kwargs):
-    return torch.zeros(1, **kwargs) if count == 1 else torch.arange(count, **kwargs) * (2 / (count - 1)) - 1
+def positions(count, like):
+    return torch.zeros_like(like[:1]) if count == 1 else torch.arange(count, dtype=like.dtype) * (2 / (count - 1)) - 1
 
 
-def distances(coords, size):
-    """Of each sample of a kernel to each point, (O, P, *K): coords (O, P, D)."""
-    coords = coords[..., None]  # (O, P, D, 1)
-    x = (positions(size[-1], dtype=coords.dtype) - coords[:, :, 0]).abs()  # (O, P, K); this coordinate points right
-    if len(size) == 1:
-        return x
-    y = (-positions(size[0], dtype=coords.dtype) - coords[:, :, 1]).abs()  # this one points up
-    return y[..., None] + x[..., None, :]
+def render(coords, radius, weight, size, last=None):
+    """As `reference.kernel_loop` with the average, all entries at once, or the last ones in one dimension.
 
-
-def render(coords, radius, weight, size):
-    """As `reference.kernel_loop` with the average, all entries at once: radius (O, P), weight (O, I, P)."""
-    terms = (1 - distances(coords, size).flatten(2) / radius[..., None]).clamp(min=0)
+    coords (O, P, D), radius (O, P), weight (O, I, P).
+    """
+    x, *y = coords.unsqueeze(-1).unbind(2)  # (O, P, 1)
+    distance = (positions(size[-1], coords.flatten())[-last if last else 0:] - x).abs()  # (O, P, K); to the right
+    if y:
+        distance = (-positions(size[0], coords.flatten()) - y[0]).abs()[..., None] + distance[..., None, :]  # upwards
+    terms = (1 - distance.flatten(2) / radius[..., None]).clamp(min=0)
     average = terms / ((terms != 0).sum(1, keepdim=True, dtype=terms.dtype) + 1e-6)
-    return (weight @ average).unflatten(-1, size)  # (O, I, *K)
+    return (weight @ average).unflatten(-1, distance.shape[2:])  # (O, I, *K)
 
 
 def convolve(x, kernel, causal):
@@ -131,10 +129,18 @@ def on_edge(coords, radius, size):
 
     coords (N, D), radius (N,).
     """
-    coords, radius = coords.double(), radius.double()
-    gaps = [distances(coords[None], size)[0].flatten(1) - radius[:, None]]
-    gaps += [distances(c[None, :, None], (k,))[0] for c, k in zip(coords.T, reversed(size))]
-    return torch.cat(gaps, 1).abs().amin(1) < 2e-6
+    def gaps(position, count):
+        index = (position + 1) * (count - 1) / 2
+        return (index - index.round()).abs() * 2 / (count - 1)
+
+    x, *y = coords.double()[..., None].unbind(1)  # (N, 1)
+    reach = radius.double()[:, None]
+    found = [gaps(x, size[-1])]
+    if y:
+        found.append(gaps(y[0], size[0]))
+        reach = reach - (positions(size[0], y[0].flatten()) - y[0]).abs()  # (N, K), in each row
+    found += [gaps(x - reach, size[-1]), gaps(x + reach, size[-1])]
+    return torch.cat(found, 1).amin(1) < 2e-6
 
 
 def logits(sd, name, x, training=False):
@@ -166,7 +172,9 @@ def logits(sd, name, x, training=False):
     def conv(x, prefix, number):
         key = f'{prefix}cconv{number}'
         coords, radius, weight = (sd[f'{key}.Kernel.{part}'] for part in ('weight_coord', 'radius', 'weights'))
-        kernel = render(coords, radius.flatten(1), weight, size)
+        last = min(size[0], x.shape[2]) if dims == 1 else None  # no other entry meets a sample of x
+        # Rendered again in the backward pass: with 16,000 samples its intermediate results take 8 GB.
+        kernel = checkpoint(render, coords, radius.flatten(1), weight, size, last, use_reentrant=False)
         large = add_bias(convolve(x, kernel, causal=dims == 1), f'{key}.bias')
         small = add_bias(convolve(x, sd[f'{key}s.weight'], causal=dims == 1), f'{key}s.bias')
         return norm(large, f'{prefix}norm{number}') + norm(small, f'{prefix}norm{number}s')
