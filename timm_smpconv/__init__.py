@@ -6,7 +6,12 @@ from .checkpoint import CheckpointError as CheckpointError
 from .kernel import SMPKernel as SMPKernel, render_kernel as render_kernel
 from .layers import RepSMPConv2d as RepSMPConv2d, SMPConv2d as SMPConv2d
 from .merged import MergeError as MergeError, prepack as prepack
-from .ops import depthwise_conv2d as depthwise_conv2d, use_backend as use_backend
+from .ops import (
+    causal_conv1d as causal_conv1d,
+    depthwise_conv2d as depthwise_conv2d,
+    large_conv2d as large_conv2d,
+    use_backend as use_backend,
+)
 from .optim import (
     SMPAdam as SMPAdam,
     SMPAdamW as SMPAdamW,
