@@ -85,7 +85,7 @@ def authors_state_dict(name, seed=0, dtype=torch.float32, **changes):
 
     def smp(key, in_chs, out_chs, bias):
         radius = config['radius'] * 2 ** (torch.rand(out_chs, points, generator=draw.generator) * 4 - 1)
-        radius = sd[f'{key}.Kernel.radius'] = radius.to(dtype).reshape(out_chs, points, *(1,) * dims)
+        radius = sd[f'{key}.Kernel.radius'] = radius.clamp(max=1).to(dtype).reshape(out_chs, points, *(1,) * dims)
         coords = sd[f'{key}.Kernel.weight_coord'] = torch.zeros(out_chs, points, dims, dtype=dtype)
         bad = torch.ones(out_chs, points, dtype=torch.bool)
         while bad.any():
@@ -93,7 +93,8 @@ def authors_state_dict(name, seed=0, dtype=torch.float32, **changes):
             drawn = 1 - drawn.abs() if dims == 1 else drawn
             coords[bad] = drawn.clamp(-1, 1).to(dtype)
             bad[bad.clone()] = on_edge(coords[bad], radius.flatten(1)[bad], size)
-        draw.normal(f'{key}.Kernel.weights', out_chs, in_chs, points, std=(in_chs * points) ** -0.5)
+        reached = min(points * (2 * config['radius'] * size[0]) ** dims, size[0] ** dims)  # samples, about
+        draw.normal(f'{key}.Kernel.weights', out_chs, in_chs, points, std=(1 if dims == 1 else 0.3) * (in_chs * reached) ** -0.5)
         if bias:
             draw.normal(f'{key}.bias', out_chs, std=0.2)
         sd[f'{key}.train_length'] = torch.tensor([size[0]], dtype=torch.int32)
@@ -101,7 +102,7 @@ def authors_state_dict(name, seed=0, dtype=torch.float32, **changes):
     def pair(prefix, number, in_chs, out_chs, small_bias):
         smp(f'{prefix}cconv{number}', in_chs, out_chs, config['bias'])
         taps = (small,) * dims
-        draw.normal(f'{prefix}cconv{number}s.weight', out_chs, in_chs, *taps, std=(in_chs * small ** dims) ** -0.5)
+        draw.normal(f'{prefix}cconv{number}s.weight', out_chs, in_chs, *taps, std=0.5 * (in_chs * small ** dims) ** -0.5)
         if small_bias:
             draw.normal(f'{prefix}cconv{number}s.bias', out_chs, std=0.2)
         draw.norm(f'{prefix}norm{number}', out_chs)

@@ -28,7 +28,16 @@ try:
     from card import model_card
     from sources import FILES, SOURCES, SourcesError, load_sources
 
-    from timm_smpconv.checkpoint import CheckpointError, checkpoint_filter_fn, read_checkpoint, select_weights
+    from timm_smpconv import SMPTCN
+    from timm_smpconv.checkpoint import (
+        CheckpointError,
+        checkpoint_filter_fn,
+        count_classes,
+        count_inputs,
+        is_authors_layout,
+        read_checkpoint,
+        select_weights,
+    )
     from timm_smpconv.compat import file_sha256
     from timm_smpconv.console import robust_output
     from timm_smpconv.files import replace_together
@@ -50,7 +59,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='.pth, .pt, .pth.tar or .safetensors')
     parser.add_argument('--model', required=True, choices=timm.list_models('smpconv*'))
     parser.add_argument(
-        '--tag', help="what it was trained on; a tag of sources.yaml or your own (that of the model's published weights)")
+        '--tag', help='what it was trained on; a tag of sources.yaml or your own (that of the published weights)')
     parser.add_argument('--weights', choices=['ema', 'model'], help='which to take if the checkpoint has both (ema)')
     parser.add_argument('--merged', action='store_true', help='write the merged model to OUT-merged as well')
     parser.add_argument('--out', required=True, type=Path, help='the folder to write')
@@ -69,7 +78,14 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def convert(
-        checkpoint: Path, name: str, tag: Optional[str], weights: Optional[str], merged: bool, out: Path, sources: Path) -> None:
+        checkpoint: Path,
+        name: str,
+        tag: Optional[str],
+        weights: Optional[str],
+        merged: bool,
+        out: Path,
+        sources: Path,
+) -> None:
     """See the top of this file; the arguments are those of the command line."""
     listed = load_sources(sources)
     tag = tag or timm.get_pretrained_cfg(name).tag
@@ -84,9 +100,10 @@ def convert(
         source, kind = select_weights(content, weights)
         source = {
             k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in source.items()}
-        authors = any('.large_kernel.' in key for key in source)
+        authors = is_authors_layout(source)
         sha256 = file_sha256(checkpoint)
         model = build(name, tag, source)
+        check_task(name, content, source)
         if not authors and isinstance(content.get('args'), argparse.Namespace):  # as train.py evaluated it
             settings = resolve_data_config(vars(content['args']), model=model)
             settings['input_size'] = (model.in_chans, *settings['input_size'][1:])
@@ -144,17 +161,33 @@ def check_replaceable(out: Path, checkpoint: Path) -> None:
 
 def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
     """The model with these weights, in evaluation mode. The checkpoint decides its classes and input channels."""
-    classifier = source.get('head.weight', source.get('head.fc.weight'))
-    stem = source.get('stem.0.conv.weight')
-    if not (
-            isinstance(classifier, torch.Tensor) and isinstance(stem, torch.Tensor)
-            and classifier.ndim >= 2 and stem.ndim >= 2):
+    shapes = {key: value.shape for key, value in source.items() if isinstance(value, torch.Tensor)}
+    classes = count_classes(shapes)
+    in_chans = count_inputs(shapes, timm.create_model(name, device='meta').input_weights)
+    if not classes or not in_chans:
         raise ConversionError(
             f'CHECKPOINT must hold an SMPConv model with its classifier, got {len(source)} other tensors')
-    model: Model = timm.create_model(name, num_classes=len(classifier), in_chans=stem.shape[1])
+    model: Model = timm.create_model(name, num_classes=classes, in_chans=in_chans)
     model.load_state_dict(checkpoint_filter_fn(source, model))
     model.pretrained_cfg.update(tag=tag, input_size=(model.in_chans, *model.pretrained_cfg['input_size'][1:]))
     return model.eval()
+
+
+def check_task(name: str, content: Mapping[str, Any], source: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights of another network with the same shapes: weights of points do not show the kernels' length."""
+    lengths = sorted({int(value) for key, value in source.items() if key.endswith('.train_length')} - {0})
+    expected = reference_smp.CONFIGS.get(name, {}).get('size', ())
+    if lengths and lengths != sorted({*expected}):
+        raise ConversionError(
+            f'CHECKPOINT must have kernels of {expected[0]} samples for {name}, got a train_length of '
+            f'{", ".join(map(str, lengths))}')
+    settings = content.get('hyper_parameters')  # what SequenceClassifier was built with
+    if isinstance(settings, Mapping):
+        free = ('num_classes', 'in_chans', 'drop_rate', 'input_drop_rate')
+        changed = {key: value for key, value in (settings.get('model_args') or {}).items() if key not in free}
+        if settings.get('name', name) != name or changed:
+            raise ConversionError(
+                f'CHECKPOINT must hold {name} with its own arguments, got {settings.get("name")} with {changed}')
 
 
 def check_entry(entry: Dict[str, Any], model: Model, authors: bool) -> None:
