@@ -313,7 +313,8 @@ def test_the_scale_is_a_rate_in_plain_sgd():
     F.cross_entropy(net(x), y).backward()
     gradients = {n: p.grad.clone() for n, p in net.named_parameters()}
     before = params_of(net)
-    add_point_rules(torch.optim.SGD(net.parameters(), lr=1e-3), radius_lr_scale=0.25).step()
+    optimizer = add_point_rules(torch.optim.SGD(net.parameters(), lr=1e-3), radius_lr_scale=0.25)
+    optimizer.step()
     for name, param in net.named_parameters():
         rate = 0.25e-3 if name.endswith('radius') else 1e-3
         expected = before[name] - rate * gradients[name]
@@ -360,25 +361,51 @@ def test_a_closure_sees_the_state_before_the_step():
     assert len(set(losses)) == 3
 
 
-def test_a_step_that_raises_leaves_no_scaled_rate():
-    net, other = net_with(3), net_with(3)
-    optimizer = SMPAdamW(net, lr=2e-2)
+CHAINABLE = {  # schedulers that multiply the rate that they find; all of them halve it
+    'StepLR': lambda o: lr_scheduler.StepLR(o, 1, 0.5),
+    'ExponentialLR': lambda o: lr_scheduler.ExponentialLR(o, 0.5),
+    'MultiplicativeLR': lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.5),
+}
 
-    def closure():
+
+@pytest.mark.parametrize('error', [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize('make', [
+    lambda net: SMPAdamW(net, lr=2e-2),
+    lambda net: copy.deepcopy((net, SMPAdamW(net, lr=2e-2)))[1],
+    lambda net: add_point_rules(torch.optim.AdamW(net.parameters(), lr=2e-2), net),
+], ids=['smpadamw', 'smpadamw, copied', 'adamw with the rules'])
+@pytest.mark.parametrize('scheduler', CHAINABLE)
+def test_a_step_that_raises_leaves_no_scaled_rate(scheduler, make, error):
+    """In the closure, and in another hook."""
+    optimizer = make(net_with(3))
+    schedule = CHAINABLE[scheduler](optimizer)
+
+    def fail(*args):
+        assert sum(group['lr'] == pytest.approx(lr * 0.1) for group in optimizer.param_groups) == 1
+        raise error
+
+    optimizer.step()  # schedulers warn before
+    for lr, closure in ((2e-2, fail), (1e-2, None)):
+        if closure is None:
+            optimizer.register_step_pre_hook(fail)
+        with pytest.raises(error):
+            optimizer.step(closure)
+        assert [group['lr'] for group in optimizer.param_groups] == [lr] * 3
+        assert not any('whole_lr' in group for group in optimizer.state_dict()['param_groups'])
+        schedule.step()
+        assert [group['lr'] for group in optimizer.param_groups] == [lr / 2] * 3
+
+
+def test_training_goes_on_behind_a_step_that_raised():
+    def fail():
         raise MemoryError
 
-    for lr in (2e-2, 1e-2):
-        with pytest.raises(MemoryError):
-            optimizer.step(closure)
-        for group in optimizer.param_groups:
-            group['lr'] = group['lr'] if lr == 2e-2 else lr  # as it was left, or by a scheduler in between
-        train(net, optimizer, batches_of(2))
-        assert {group['lr'] for group in optimizer.param_groups} == {lr}
-    reference = SMPAdamW(other, lr=2e-2)
-    train(other, reference, batches_of(2))
-    for group in reference.param_groups:
-        group['lr'] = 1e-2
-    train(other, reference, batches_of(2))
+    net, other = net_with(3), net_with(3)
+    optimizer = SMPAdamW(net, lr=2e-2)
+    with pytest.raises(MemoryError):
+        optimizer.step(fail)
+    train(net, optimizer, batches_of(2))
+    train(other, SMPAdamW(other, lr=2e-2), batches_of(2))
     check_equal(params_of(net), params_of(other))
 
 
@@ -546,8 +573,11 @@ def test_an_optimizer_is_freed_with_its_last_user():
     gone = ref(optimizer)
     gc.disable()
     try:
+        step = optimizer.step
         del optimizer
         assert gone() is None
+        with pytest.raises(ReferenceError, match='the optimizer must exist while its step runs'):
+            step()
     finally:
         gc.enable()
 
