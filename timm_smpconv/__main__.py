@@ -8,9 +8,11 @@ from typing import Callable, List, Optional
 
 import timm
 
-from . import __version__
+from . import __version__, startup
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
+
+startup.finished()
 
 
 def _parser() -> argparse.ArgumentParser:
