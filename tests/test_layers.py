@@ -211,14 +211,14 @@ REFUSED = {  # where: (what, message)
     'small.conv': [
         (partial(nn.Conv2d, 4, 4, 5, padding=2, groups=4, padding_mode='reflect'), 'must be .*padded with zeros'),
         (partial(nn.Conv2d, 4, 4, 5, padding='same', groups=4), 'must be .*padded with zeros'),
-        (partial(Lora, 4, 4, 5, padding=2, groups=4), 'must be an SMPConv1d, SMPConv2d, nn.Conv1d or nn.Conv2d .* got Lora'),
-        (nn.Identity, 'must be an SMPConv1d, SMPConv2d, nn.Conv1d or nn.Conv2d .* got Identity'),
+        (partial(Lora, 4, 4, 5, padding=2, groups=4), 'must be an SMPConv1d, SMPConv2d .* got Lora'),
+        (nn.Identity, 'must be an SMPConv1d, SMPConv2d .* got Identity'),
     ],
     'small': [
         (partial(nn.Conv2d, 4, 4, 3, padding=2, dilation=2, groups=4), 'must be a convolution that keeps'),
         (partial(nn.Conv2d, 4, 4, 5, padding=2), 'must have the channels, groups and alignment'),
         (partial(nn.Conv2d, 4, 4, 9, padding=4, groups=4), 'must not be larger than the large branch'),
-        (partial(MergedConv2d, 4, 4, 5, 1, 2, groups=4, activation='relu'), 'must be an SMPConv1d, SMPConv2d, nn.Conv1d or nn.Conv2d'),
+        (partial(MergedConv2d, 4, 4, 5, 1, 2, groups=4, activation='relu'), 'must be an SMPConv1d, SMPConv2d'),
     ],
     'large.act': [(nn.SiLU, 'must be an Identity to be merged, got SiLU')],
 }

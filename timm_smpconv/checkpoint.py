@@ -19,8 +19,8 @@ __all__ = [
 # Where training scripts, timm's among them, keep the two kinds of weights.
 _WRAPPERS = {'ema': ('state_dict_ema', 'model_ema', 'ema'), 'model': ('state_dict', 'model')}
 
-# Keys of the authors' code, applied in order; `None` drops the entry. For ImageNet (smp_imagenet/models/SMPConv.py), and
-# for CIFAR-10 and sequences (smp/models/).
+# Keys of the authors' code, applied in order; `None` drops the entry. First for ImageNet
+# (smp_imagenet/models/SMPConv.py), then for CIFAR-10 and sequences (smp/models/).
 _RENAMES = (
     (r'\.large_kernel\.smp\.conv\.kernel_coord$', None),
     (r'\.large_kernel\.smp\.conv\.weight_coord$', '.dwconv.large.conv.kernel.coords'),

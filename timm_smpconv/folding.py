@@ -64,17 +64,17 @@ class Convolution(NamedTuple):
         dense_smp = hasattr(self.like, 'kernel') and self.like.groups == 1
         return isinstance(self.like, MergedLargeConv2d) or (dense_smp and self.keeps_size())
 
-    def build(self) -> nn.Module:
+    def build(self) -> Any:
         """The convolution as a plain module in evaluation mode; draws no random numbers."""
         like, bias = self.like, self.bias is not None
         channels, dtype = (like.in_channels, like.out_channels), getattr(like, 'kernel', like).weight.dtype
         dd = {'device': 'meta', 'dtype': dtype}
-        conv: nn.Module
+        conv: Any
         if self.weight.ndim == 3:
             if tuple(like.dilation) != (1,):
                 raise refused(like, '', 'must have dilation 1')
             conv = MergedConv1d(
-                *channels, *like.kernel_size, *like.stride, *like.padding, like.groups, bias, self.causal, **dd)
+                *channels, like.kernel_size[0], like.stride[0], like.padding[0], like.groups, bias, self.causal, **dd)
         elif self._is_large():
             conv = MergedLargeConv2d(*channels, like.kernel_size, bias, **dd)
         else:

@@ -139,7 +139,7 @@ class _SMPConv(nn.Module):
         self.kernel_size, self.dilation = kernel_size, dilation
         self.depthwise = groups == in_channels == out_channels
         if self.depthwise:
-            shape = dict(channels=in_channels)
+            shape: Any = dict(channels=in_channels)
         else:
             shape = dict(channels=in_channels // groups, groups=out_channels)
         average = not self.depthwise if average is None else average
@@ -230,8 +230,9 @@ class SMPConv2d(_SMPConv):
         if coords_std is None:
             coords_std = 0.2 if depthwise else 0.05
         super().__init__(
-            in_channels, out_channels, size, to_2tuple(dilation), groups, bias, padding_mode, points, average, radius=radius,
-            coords_std=coords_std, radius_range=radius_range or _default_range(depthwise), device=device, dtype=dtype)
+            in_channels, out_channels, size, to_2tuple(dilation), groups, bias, padding_mode, points, average,
+            radius=radius, coords_std=coords_std, radius_range=radius_range or _default_range(depthwise),
+            device=device, dtype=dtype)
         self.stride: Tuple[int, int] = to_2tuple(stride)
         self.padding: Tuple[int, int] = to_2tuple(_check_padding(padding, size, self.stride))
         self.keeps_size = self.stride == (1, 1) and self.padding == (size[0] // 2, size[1] // 2)
@@ -558,8 +559,8 @@ class ClassifierHead(nn.Module):
     ):
         super().__init__()
         self.in_features = in_features
-        self._select_pool = select_pool
-        self._init_weight = init_weight
+        self._select_pool: Any = select_pool
+        self._init_weight: Any = init_weight
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, global_pool, device=device, dtype=dtype)
 

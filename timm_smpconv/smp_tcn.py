@@ -204,7 +204,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         'num_classes': 10, 'pool_size': None, 'crop_pct': 1., 'interpolation': 'bilinear', 'first_conv': (), **kwargs})
 
 
-_mnist = dict(input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,))
+_mnist: Dict[str, Any] = dict(input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,))
 
 # A sequence counts as an image of one row. Series are normalized by their data set, see sequences/.
 default_cfgs = generate_default_cfgs({
