@@ -9,6 +9,7 @@ from typing import Callable, List, Optional
 import timm
 
 from . import __version__
+from .checkpoint import CheckpointError
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
 
@@ -42,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     digits = commands.add_parser('digits', help='write real handwritten digits as folders of images')
     digits.add_argument('folder', type=Path, metavar='DIR', help='an empty folder or a new one')
     digits.set_defaults(run=_digits)
+
+    sequence = commands.add_parser(
+        'sequence', help='train, validate or test a sequence network with PyTorch Lightning', add_help=False,
+        prefix_chars='\0')  # all arguments, options too, are Lightning's
+    sequence.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS')
+    sequence.set_defaults(run=_sequence)
     return parser
 
 
@@ -104,6 +111,21 @@ def _digits(args: argparse.Namespace) -> int:
         print(f'timm-smpconv digits: {error}', file=sys.stderr)
         return 1
     _print(f'{len(images)} images in {args.folder}')
+    return 0
+
+
+def _sequence(args: argparse.Namespace) -> int:
+    try:
+        from .sequences import DataError  # needs the extra `sequences`
+        from .sequences.cli import run
+    except ModuleNotFoundError as error:
+        print(f'timm-smpconv sequence: {error.name} is missing; it comes with the extra "sequences"', file=sys.stderr)
+        return 1
+    try:
+        run(args.args)
+    except (DataError, CheckpointError) as error:
+        print(f'timm-smpconv sequence: {error}', file=sys.stderr)
+        return 1
     return 0
 
 
