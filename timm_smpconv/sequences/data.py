@@ -18,8 +18,19 @@ from sklearn.model_selection import train_test_split
 from sktime.datasets import load_from_tsfile
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchaudio.transforms import MFCC
-from torchvision import datasets, transforms
+from torchvision.datasets import CIFAR10, MNIST
 from torchvision.datasets.utils import extract_archive
+from torchvision.transforms import (
+    Compose,
+    Normalize,
+    RandomAffine,
+    RandomApply,
+    RandomCrop,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomRotation,
+    ToTensor,
+)
 
 __all__ = [
     'CharacterTrajectories', 'DataError', 'SequenceData', 'SequentialCIFAR10', 'SequentialMNIST', 'SpeechCommands']
@@ -118,16 +129,16 @@ class SequentialMNIST(SequenceData):
                     extract_archive(str(file), str(file.parent))
 
     def read(self) -> Dict[str, Dataset]:
-        to_tensor = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+        to_tensor = [ToTensor(), Normalize((0.1307,), (0.3081,))]
         augment = [
-            _half(transforms.RandomRotation(30)),
-            _half(transforms.RandomAffine(0, translate=(2 / 28, 2 / 28))),
-            _half(transforms.RandomAffine(0, scale=(0.75, 1))),
+            _half(RandomRotation(30)),
+            _half(RandomAffine(0, translate=(2 / 28, 2 / 28))),
+            _half(RandomAffine(0, scale=(0.75, 1))),
             *to_tensor,
-            transforms.RandomErasing(p=0.5, scale=(4 / 28, 4 / 28), ratio=(1, 1)),
+            RandomErasing(p=0.5, scale=(4 / 28, 4 / 28), ratio=(1, 1)),
         ]
-        train = datasets.MNIST(self.data_dir, train=True, transform=transforms.Compose(augment))
-        test = datasets.MNIST(self.data_dir, train=False, transform=transforms.Compose(to_tensor))
+        train = MNIST(self.data_dir, train=True, transform=Compose(augment))
+        test = MNIST(self.data_dir, train=False, transform=Compose(to_tensor))
         for part in train, test:
             if part.data.shape != (len(part.targets), 28, 28):
                 raise ValueError(f'{tuple(part.data.shape)} images and {len(part.targets)} labels')
@@ -145,10 +156,10 @@ class SequentialCIFAR10(SequenceData):
     size = 60_000
 
     def read(self) -> Dict[str, Dataset]:
-        to_tensor = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-        augment = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=4), *to_tensor]
-        train = datasets.CIFAR10(self.data_dir, train=True, transform=transforms.Compose(augment))
-        test = datasets.CIFAR10(self.data_dir, train=False, transform=transforms.Compose(to_tensor))
+        to_tensor = [ToTensor(), Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        augment = [RandomHorizontalFlip(), RandomCrop(32, padding=4), *to_tensor]
+        train = CIFAR10(self.data_dir, train=True, transform=Compose(augment))
+        test = CIFAR10(self.data_dir, train=False, transform=Compose(to_tensor))
         self._check_size(len(train) + len(test))
         return dict(train=train, validation=test, test=test)
 
@@ -275,5 +286,5 @@ def _read_wav(file: Path) -> np.ndarray:
     return clip
 
 
-def _half(transform: torch.nn.Module) -> transforms.RandomApply:
-    return transforms.RandomApply([transform], p=0.5)
+def _half(transform: torch.nn.Module) -> RandomApply:
+    return RandomApply([transform], p=0.5)
