@@ -44,5 +44,5 @@ def run(args: Optional[List[str]] = None) -> Any:
         SystemExit: An argument is wrong, or help was asked for.
     """
     return _SequenceCLI(
-        SequenceClassifier, SequenceData, subclass_mode_data=True, args=args,
+        SequenceClassifier, SequenceData, subclass_mode_data=True, auto_configure_optimizers=False, args=args,
         parser_kwargs=dict(prog='timm-smpconv sequence'), save_config_kwargs=dict(overwrite=True))
