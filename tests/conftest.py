@@ -20,7 +20,9 @@ from timm.models import save_for_hf
 
 from timm_smpconv.ops import BACKENDS
 
-MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
+IMAGENET_MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
+SEQUENCE_MODELS = tuple(f'smpconv_tcn_{task}' for task in ('smnist', 'pmnist', 'scifar10', 'ct', 'sc', 'scraw'))
+MODELS = (*IMAGENET_MODELS, 'smpconv_resnet_cifar10', *SEQUENCE_MODELS)
 
 SMALL = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5))  # of `small_model`
 

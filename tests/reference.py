@@ -34,7 +34,7 @@ def kernel_loop(coords, radius, weight, size, average=False):
             term = (1 - distance / radius).clamp(min=0)  # (G, P)
             value = (weight * term.unsqueeze(1)).sum(-1)  # (G, C)
             if average:
-                value = value / ((term != 0).sum(-1, keepdim=True) + 1e-6)
+                value = value / ((term != 0).sum(-1, keepdim=True, dtype=term.dtype) + 1e-6)
             entries.append(value)
     return torch.stack(entries, -1).reshape(*weight.shape[:2], *size)
 

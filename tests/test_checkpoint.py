@@ -5,7 +5,7 @@ import os
 import pytest
 import timm
 import torch
-from conftest import MODELS, difference, small_model
+from conftest import IMAGENET_MODELS, difference, small_model
 from reference import authors_state_dict, logits
 from safetensors.torch import save_file
 from torch.serialization import set_crc32_options
@@ -58,7 +58,7 @@ OURS = {  # authors' key: ours
 
 @pytest.mark.parametrize('name,h,w', [
     ('smpconv_mobile31', 64, 64),
-    *(pytest.param(name, 64, 64, marks=pytest.mark.slow) for name in MODELS if name != 'smpconv_mobile31'),
+    *(pytest.param(name, 64, 64, marks=pytest.mark.slow) for name in IMAGENET_MODELS if name != 'smpconv_mobile31'),
     pytest.param('smpconv_tiny', 40, 96, marks=pytest.mark.slow),
 ])
 def test_authors_checkpoint_gives_the_oracles_logits_and_gradients(name, h, w, tmp_path):

@@ -26,8 +26,8 @@ class Net(nn.Module):
     def __init__(self, seed=3):
         super().__init__()
         torch.manual_seed(seed)
-        self.first = SMPConv2d(3, 3, 7, padding=3, points=9)
-        self.second = SMPConv2d(3, 3, 5, padding=2, points=9)
+        self.first = SMPConv2d(3, 3, 7, padding=3, points=9, groups=3)
+        self.second = SMPConv2d(3, 3, 5, padding=2, points=9, groups=3)
         self.fc = nn.Linear(3, 4)
         for conv in (self.first, self.second):
             with torch.no_grad():

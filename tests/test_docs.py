@@ -24,7 +24,7 @@ import timm
 import torch
 import torch._inductor.config
 import yaml
-from conftest import MODELS, difference
+from conftest import IMAGENET_MODELS, difference
 from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
 from test_weights import unpublished
@@ -269,7 +269,7 @@ def test_links_lead_somewhere(page):
 
 def test_table_names_every_model_and_its_parameters():
     rows = dict(re.findall(r'\| `(smpconv_\w+)` \| [\d.]+ \| ([\d,]+) \|', README))
-    assert rows.keys() == set(MODELS)
+    assert rows.keys() == set(IMAGENET_MODELS)
     for name, parameters in rows.items():
         model = timm.create_model(name, device='meta')
         assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(',', ''))

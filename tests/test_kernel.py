@@ -172,7 +172,7 @@ def test_forward_mode_and_second_derivatives():
 
 
 def layer_with(radii):
-    layer = SMPConv2d(2, 2, 7, padding=3, points=len(radii)).double()
+    layer = SMPConv2d(2, 2, 7, padding=3, points=len(radii), groups=2).double()
     layer.kernel = kernel_with(radii)
     return layer
 
@@ -235,7 +235,7 @@ def test_training_compiles_once():
         return module.forward
 
     torch.compiler.reset()
-    layer = SMPConv2d(3, 3, 5, padding=2, points=4)
+    layer = SMPConv2d(3, 3, 5, padding=2, points=4, groups=3)
     compiled = torch.compile(layer, backend=count, fullgraph=True)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.)
     for _ in range(3):
@@ -336,10 +336,10 @@ class Larger(nn.Module):
 
 HOLDERS = {
     'a kernel': lambda: SMPKernel(2, (7, 7), 9),
-    'a layer': lambda: SMPConv2d(2, 2, 7, points=9),
-    'Sequential': lambda: nn.Sequential(nn.Conv2d(2, 2, 1), SMPConv2d(2, 2, 7, points=9)),
-    'DataParallel': lambda: nn.DataParallel(SMPConv2d(2, 2, 7, points=9)),
-    'compiled': lambda: torch.compile(SMPConv2d(2, 2, 7, points=9), backend='eager'),
+    'a layer': lambda: SMPConv2d(2, 2, 7, points=9, groups=2),
+    'Sequential': lambda: nn.Sequential(nn.Conv2d(2, 2, 1), SMPConv2d(2, 2, 7, points=9, groups=2)),
+    'DataParallel': lambda: nn.DataParallel(SMPConv2d(2, 2, 7, points=9, groups=2)),
+    'compiled': lambda: torch.compile(SMPConv2d(2, 2, 7, points=9, groups=2), backend='eager'),
     'a larger model': Larger,
     'features_only': lambda: small_model(features_only=True, out_indices=(0, 1)),
 }

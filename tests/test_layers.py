@@ -26,7 +26,7 @@ SHAPES = [  # (C, kernel_size, stride, padding, H, W)
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('c,k,stride,padding,h,w', SHAPES)
 def test_smp_conv2d_equals_the_loops_with_every_gradient(c, k, stride, padding, h, w, layout):
-    layer = SMPConv2d(c, c, k, stride, padding, points=6, radius=0.7, dtype=torch.float64)
+    layer = SMPConv2d(c, c, k, stride, padding, groups=c, points=6, radius=0.7, dtype=torch.float64)
     nn.init.normal_(layer.bias)
     nn.init.uniform_(layer.kernel.coords, -1, 1)
     x = LAYOUTS[layout](torch.randn(2, c, h, w, dtype=torch.float64)).requires_grad_()
@@ -74,14 +74,14 @@ def test_smp_conv2d_in_a_network_of_timm():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_smp_conv2d_merges_into_a_conv2d_of_its_dtype(dtype):
-    layer = SMPConv2d(4, 4, (5, 9), padding=(2, 4), dtype=dtype).eval()
+    layer = SMPConv2d(4, 4, (5, 9), padding=(2, 4), dtype=dtype, groups=4).eval()
     x = torch.randn(2, 4, 6, 7, dtype=dtype)
     merged = layer.fuse()
     assert isinstance(merged, nn.Conv2d) and merged.weight.dtype == dtype and not merged.training
     assert difference(merged(x), layer(x)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize('make', [partial(SMPConv2d, 4, 4, 7, padding=3), partial(RepSMPConv2d, 4, 7)])
+@pytest.mark.parametrize('make', [partial(SMPConv2d, 4, 4, 7, padding=3, groups=4), partial(RepSMPConv2d, 4, 7)])
 def test_autocast_gives_the_low_precision_result(make):
     layer = make().eval()
     x = torch.randn(2, 4, 9, 9)
@@ -121,7 +121,7 @@ class Lora(nn.Conv2d):
 @pytest.mark.parametrize('make', [
     partial(nn.Conv2d, 3, 5, 3, stride=2, padding=1, bias=True),
     partial(nn.Conv2d, 4, 4, 5, padding=2, groups=4, bias=False),
-    partial(SMPConv2d, 4, 4, 5),
+    partial(SMPConv2d, 4, 4, 5, groups=4),
 ])
 def test_conv_norm_merges(make, act_layer):
     layer = shake_norms(ConvNorm(make(), act_layer)).eval()
@@ -167,7 +167,7 @@ def test_a_classifier_of_its_own_sees_normalised_features(when):
 
 
 MERGEABLE = [
-    partial(SMPConv2d, 4, 4, 5), partial(RepSMPConv2d, 4, 7), lambda: ConvNorm(nn.Conv2d(3, 4, 1)),
+    partial(SMPConv2d, 4, 4, 5, groups=4), partial(RepSMPConv2d, 4, 7), lambda: ConvNorm(nn.Conv2d(3, 4, 1)),
     partial(NormClassifierHead, 8, 5)]
 
 
@@ -204,21 +204,21 @@ def test_merging_draws_no_random_numbers_and_leaves_the_module_alone():
 REFUSED = {  # where: (what, message)
     'large.bn': [
         (partial(nn.BatchNorm2d, 4, track_running_stats=False), 'must have running statistics .* got BatchNorm2d'),
-        (partial(nn.GroupNorm, 2, 4), r'must be a BatchNorm2d or an Identity to be merged, got GroupNorm\(2, 4'),
-        (partial(nn.InstanceNorm2d, 4, track_running_stats=True), 'must be a BatchNorm2d .* got InstanceNorm2d'),
+        (partial(nn.GroupNorm, 2, 4), r'must be a BatchNorm or an Identity to be merged, got GroupNorm\(2, 4'),
+        (partial(nn.InstanceNorm2d, 4, track_running_stats=True), 'must be a BatchNorm .* got InstanceNorm2d'),
     ],
-    'small.bn': [(partial(nn.LayerNorm, 4), 'must be a BatchNorm2d or an Identity .* got LayerNorm')],
+    'small.bn': [(partial(nn.LayerNorm, 4), 'must be a BatchNorm or an Identity .* got LayerNorm')],
     'small.conv': [
         (partial(nn.Conv2d, 4, 4, 5, padding=2, groups=4, padding_mode='reflect'), 'must be .*padded with zeros'),
         (partial(nn.Conv2d, 4, 4, 5, padding='same', groups=4), 'must be .*padded with zeros'),
-        (partial(Lora, 4, 4, 5, padding=2, groups=4), 'must be an SMPConv2d or an nn.Conv2d .* got Lora'),
-        (nn.Identity, 'must be an SMPConv2d or an nn.Conv2d .* got Identity'),
+        (partial(Lora, 4, 4, 5, padding=2, groups=4), 'must be an SMPConv1d, SMPConv2d .* got Lora'),
+        (nn.Identity, 'must be an SMPConv1d, SMPConv2d .* got Identity'),
     ],
     'small': [
-        (partial(nn.Conv2d, 4, 4, 3, padding=2, dilation=2, groups=4), 'must be a depthwise convolution that keeps'),
-        (partial(nn.Conv2d, 4, 4, 5, padding=2), 'must be a depthwise convolution that keeps'),
+        (partial(nn.Conv2d, 4, 4, 3, padding=2, dilation=2, groups=4), 'must be a convolution that keeps'),
+        (partial(nn.Conv2d, 4, 4, 5, padding=2), 'must have the channels, groups and alignment'),
         (partial(nn.Conv2d, 4, 4, 9, padding=4, groups=4), 'must not be larger than the large branch'),
-        (partial(MergedConv2d, 4, 4, 5, 1, 2, groups=4, activation='relu'), 'must be an SMPConv2d or an nn.Conv2d'),
+        (partial(MergedConv2d, 4, 4, 5, 1, 2, groups=4, activation='relu'), 'must be an SMPConv1d, SMPConv2d'),
     ],
     'large.act': [(nn.SiLU, 'must be an Identity to be merged, got SiLU')],
 }
@@ -252,23 +252,24 @@ def test_what_can_be_folded_is():
 @pytest.mark.parametrize('padding', [0, 2])
 def test_bad_images_are_named(x, error, message, padding):
     with pytest.raises(error, match=message):
-        SMPConv2d(4, 4, 5, padding=padding)(x)
+        SMPConv2d(4, 4, 5, padding=padding, groups=4)(x)
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: SMPConv2d(4, 4, 6), r'kernel_size must be odd and positive, got \(6, 6\)'),
-    (lambda: SMPConv2d(4, 4, (5, 4)), r'kernel_size must be odd and positive, got \(5, 4\)'),
-    (lambda: SMPConv2d(4, 4, -3), 'kernel_size must be odd and positive'),
-    (lambda: SMPConv2d(4, 8, 5), 'out_channels must equal in_channels = 4 .*got 8'),
-    (lambda: SMPConv2d(4, 4, 5, groups=1), 'groups must equal in_channels = 4 .*got 1'),
-    (lambda: SMPConv2d(4, 4, 5, dilation=2), 'dilation must be 1.*got 2'),
-    (lambda: SMPConv2d(4, 4, 5, padding_mode='circular'), "padding_mode must be 'zeros', got 'circular'"),
+    (lambda: SMPConv2d(4, 4, 6, groups=4), r'kernel_size must be odd and positive, got \(6, 6\)'),
+    (lambda: SMPConv2d(4, 4, (5, 4), groups=4), r'kernel_size must be odd and positive, got \(5, 4\)'),
+    (lambda: SMPConv2d(4, 4, -3, groups=4), 'kernel_size must be odd and positive'),
+    (lambda: SMPConv2d(4, 9, 5, groups=2), 'out_channels must be a positive multiple of groups = 2, got 9'),
+    (lambda: SMPConv2d(4, 4, 5, groups=3), 'in_channels must be a positive multiple of groups = 3, got 4'),
+    (lambda: SMPConv2d(4, 4, 5, groups=0), 'in_channels must be a positive multiple of groups = 0, got 4'),
+    (lambda: SMPConv2d(4, 4, 5, dilation=2, groups=4), 'dilation must be 1.*got 2'),
+    (lambda: SMPConv2d(4, 4, 5, padding_mode='circular', groups=4), "padding_mode must be 'zeros', got 'circular'"),
     (
-        lambda: SMPConv2d(4, 4, 5, padding='full'),
+        lambda: SMPConv2d(4, 4, 5, padding='full', groups=4),
         "padding must be numbers, 'valid' or, at stride 1, 'same', got 'full'"),
-    (lambda: SMPConv2d(4, 4, 5, stride=2, padding='same'), 'padding must be'),
-    (lambda: SMPConv2d(4, 4, 5, points=0), 'points must be at least 1, got 0'),
-    (lambda: SMPConv2d(4, 4, 5, radius=-0.1), r'radius must be in radius_range \(0.001, 1.0\), got -0.1'),
+    (lambda: SMPConv2d(4, 4, 5, stride=2, padding='same', groups=4), 'padding must be'),
+    (lambda: SMPConv2d(4, 4, 5, points=0, groups=4), 'points must be at least 1, got 0'),
+    (lambda: SMPConv2d(4, 4, 5, radius=-0.1, groups=4), r'radius must be in radius_range \(0.001, 1.0\), got -0.1'),
     (lambda: RepSMPConv2d(4, 5, small_kernel=7), r'small_kernel must not be larger than kernel_size = \(5, 5\), got'),
     (lambda: RepSMPConv2d(4, 5, small_kernel=2), 'small_kernel must be odd and positive'),
 ])

@@ -8,7 +8,7 @@ import reference
 import timm
 import torch
 import torch.nn as nn
-from conftest import MODELS, TOLERANCE, difference, shake_norms, small_model, wake_weights
+from conftest import IMAGENET_MODELS, TOLERANCE, difference, shake_norms, small_model, wake_weights
 from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d, LayerScale2d, convert_sync_batchnorm
 from timm.utils import reparameterize_model
@@ -25,7 +25,7 @@ def leaves(model):
     return {type(m).__name__ for m in model.modules() if not list(m.children())}
 
 
-@pytest.mark.parametrize('name', ['small', *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS)])
+@pytest.mark.parametrize('name', ['small', *(pytest.param(name, marks=pytest.mark.slow) for name in IMAGENET_MODELS)])
 def test_merged_logits_and_what_is_left(name, monkeypatch):
     monkeypatch.setitem(reference.CONFIGS, 'small', SMALL)
     sd = reference.authors_state_dict(name, num_classes=50)
@@ -93,7 +93,7 @@ class TwoModels(nn.Module):
     (partial(small_model, features_only=True), 5),
     (partial(small_model, features_only=True, feature_cls='getter'), 5),
     (lambda: TwoModels(small_model(features_only=True, out_indices=(0, 3)), small_model()), 10),
-    (lambda: nn.Sequential(SMPConv2d(3, 3, 9)), 1),
+    (lambda: nn.Sequential(SMPConv2d(3, 3, 9, groups=3)), 1),
 ])
 @pytest.mark.parametrize('inplace', [True, False])
 def test_every_kernel_is_rendered_once(make, kernels, inplace, monkeypatch):
@@ -108,18 +108,18 @@ def test_every_kernel_is_rendered_once(make, kernels, inplace, monkeypatch):
 
 # What is put where, and what the refusal says. The last parts of a network are here: all before them could merge.
 REFUSED = [
-    ('stages.3.blocks.1.norm', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm2d or an Identity .* got GroupNorm'),
+    ('stages.3.blocks.1.norm', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm or an Identity .* got GroupNorm'),
     ('stages.3.blocks.1.norm', partial(BatchNormAct2d, 32), r'act must be an Identity to be merged, got ReLU'),
     ('stages.3.blocks.0.norm', partial(nn.BatchNorm2d, 32, track_running_stats=False), 'must have running statistics'),
-    ('stages.3.blocks.0.pw2.bn', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm2d or an Identity'),
-    ('stages.3.blocks.0.dwconv.large.bn', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm2d or an Identity'),
+    ('stages.3.blocks.0.pw2.bn', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm or an Identity'),
+    ('stages.3.blocks.0.dwconv.large.bn', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm or an Identity'),
     ('stages.3.blocks.0.drop_path', partial(LayerScale2d, 32), 'must be a DropPath or an Identity .* got LayerScale2d'),
     ('stages.3.blocks.0.pw1', partial(nn.Conv2d, 32, 32, 3, padding=1), 'must be a 1×1 convolution'),
     ('stages.3.blocks.0.pw1.act', nn.SiLU, 'must be an Identity'),
-    ('stages.3.blocks.1.pw2', nn.Sequential, 'must be an SMPConv2d or an nn.Conv2d .* got Sequential'),
-    ('stages.3.downsample.1.bn', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm2d or an Identity'),
-    ('head.norm', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm2d or an Identity'),
-    ('stem.3.bn', partial(nn.GroupNorm, 2, 8), 'must be a BatchNorm2d or an Identity'),
+    ('stages.3.blocks.1.pw2', nn.Sequential, 'must be an SMPConv1d, SMPConv2d .* got Sequential'),
+    ('stages.3.downsample.1.bn', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm or an Identity'),
+    ('head.norm', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm or an Identity'),
+    ('stem.3.bn', partial(nn.GroupNorm, 2, 8), 'must be a BatchNorm or an Identity'),
 ]
 IN_TRAINING_MODE = ['stages.3.blocks.1', 'stages.3.blocks.0.norm', 'stages.3.blocks.0.drop_path', 'head.norm', 'head',
                     'stem.3.bn', 'stages.3.blocks.0.dwconv.small.bn', 'stages.3.downsample.0']
@@ -152,7 +152,7 @@ def test_merging_in_training_mode_is_refused_and_changes_nothing(model):
 def test_a_refusal_within_a_larger_model_leaves_the_network_unmerged(model, wrap):
     model.head.norm = nn.GroupNorm(2, 32).eval()
     before = dict(model.named_modules())
-    with pytest.raises(MergeError, match=r'head\.norm must be a BatchNorm2d'):
+    with pytest.raises(MergeError, match=r'head\.norm must be a BatchNorm'):
         reparameterize_model(wrap(model), inplace=True)
     assert dict(model.named_modules()) == before
 
@@ -161,7 +161,7 @@ def test_a_refusal_within_a_feature_list_leaves_it_unmerged():
     model = small_model(features_only=True)
     model.stages_3.blocks[1].norm = nn.GroupNorm(2, 32).eval()
     before = dict(model.named_modules())
-    with pytest.raises(MergeError, match=r'^stages_3\.blocks\.1\.norm must be a BatchNorm2d'):
+    with pytest.raises(MergeError, match=r'^stages_3\.blocks\.1\.norm must be a BatchNorm'):
         reparameterize_model(model, inplace=True)
     assert dict(model.named_modules()) == before
 
@@ -207,7 +207,7 @@ def test_other_activations_are_kept(model, images, make):
     partial(nn.Conv2d, 16, 16, 5, padding=2, groups=16, padding_mode='reflect'),
     partial(nn.Conv2d, 16, 16, 3, padding='same'),
     lambda: nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(2, 16)),
-    partial(SMPConv2d, 16, 16, 5, padding=2),
+    partial(SMPConv2d, 16, 16, 5, padding=2, groups=16),
     partial(MergedConv2d, 16, 16, 5, padding=2, groups=16, activation='gelu'),
     nn.Identity,
 ])

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import MODELS, TOLERANCE, difference, small_model, wake_weights
+from conftest import IMAGENET_MODELS, MODELS, TOLERANCE, difference, small_model, wake_weights
 from timm.layers import DropPath
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
@@ -44,7 +44,7 @@ def macs(model, size):
     return total
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', IMAGENET_MODELS)
 def test_parameters_and_macs_are_the_published_ones(name):
     parameters, gmacs, drop_path, points = FACTS[name]
     model = timm.create_model(name, device='meta').eval()

@@ -90,7 +90,7 @@ def test_points_are_found(name, way):
 
 
 def test_layers_inside_another_network_and_bare_parameters():
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), SMPConv2d(4, 4, 5, padding=2))
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), SMPConv2d(4, 4, 5, padding=2, groups=4))
     kernel = net[1].kernel
     for params in (net, net.parameters(), net.named_parameters(), [{'params': list(net.parameters())}]):
         found = rates_in_step(SMPAdamW(params, lr=1.0, weight_decay=0.05))
@@ -106,7 +106,7 @@ def test_a_model_is_searched_through_its_modules(monkeypatch):
         raise AssertionError('all living kernels were searched')
 
     monkeypatch.setattr('timm_smpconv.optim.live_kernels', nothing)
-    layer = SMPConv2d(4, 4, 5)
+    layer = SMPConv2d(4, 4, 5, groups=4)
     found = {id(p): g for g in smp_param_groups(layer, radius_lr_scale=0.2) for p in g['params']}
     assert found[id(layer.kernel.radius)]['radius_lr_scale'] == 0.2
     assert found[id(layer.kernel.coords)]['weight_decay'] == 0
@@ -139,7 +139,7 @@ TORCH_SCHEDULERS = {
 @pytest.mark.parametrize('scheduler', TORCH_SCHEDULERS)
 def test_schedulers_of_torch_keep_the_scale(scheduler):
     """Against the rate of the weights, and against the distance that radii really move: Adam's first steps are lr."""
-    layer = SMPConv2d(2, 2, 5, bias=False, radius=0.5).double()
+    layer = SMPConv2d(2, 2, 5, bias=False, radius=0.5, groups=2).double()
     optimizer = SMPAdamW(layer, lr=1e-3, weight_decay=0.)
     schedule = TORCH_SCHEDULERS[scheduler](optimizer)
     rates = set()
@@ -191,7 +191,7 @@ def test_points_that_are_not_finite(name, value):
 
 @pytest.mark.parametrize('value', [-0.1, math.nan, math.inf])
 def test_a_scale_out_of_range(value):
-    layer = SMPConv2d(2, 2, 5)
+    layer = SMPConv2d(2, 2, 5, groups=2)
     for make in (
             lambda: SMPAdamW(layer, radius_lr_scale=value),
             lambda: SMPAdam(layer.parameters(), radius_lr_scale=value),
@@ -204,7 +204,7 @@ def test_a_scale_out_of_range(value):
 
 
 def test_optimizers_without_groups_or_rates_are_refused():
-    layer = SMPConv2d(2, 2, 5)
+    layer = SMPConv2d(2, 2, 5, groups=2)
     with pytest.raises(ValueError, match='optimizer must support parameter groups with learning rates, got LBFGS'):
         add_point_rules(torch.optim.LBFGS(layer.parameters()))
     with pytest.raises(ValueError, match='got Adafactor with lr = '):
@@ -219,7 +219,7 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = SMPConv2d(3, 3, 7, padding=3, points=9)
+        self.conv = SMPConv2d(3, 3, 7, padding=3, points=9, groups=3)
         self.fc = nn.Linear(3, 4)
         with torch.no_grad():
             self.conv.kernel.radius.copy_(torch.tensor([[1e-3, 1.2e-3, 0.999, 1.0, 0.4, 0.3, 2e-3, 0.9995, 0.5]]))
@@ -447,7 +447,7 @@ def test_a_model_in_half_precision():
 ], ids=['smpadamw', 'adamw with the rules', 'smpadamw, pickled'])
 @pytest.mark.parametrize('named', [False, True])
 def test_parameters_added_later(make, named):
-    first, layer = nn.Linear(2, 2), SMPConv2d(4, 4, 5, bias=False)
+    first, layer = nn.Linear(2, 2), SMPConv2d(4, 4, 5, bias=False, groups=4)
     optimizer = make(list(first.named_parameters()) if named else list(first.parameters()))
     optimizer.add_param_group({'params': layer.named_parameters() if named else layer.parameters(), 'lr': 1.0})
     check_rules(layer, optimizer)
@@ -461,7 +461,7 @@ def test_parameters_added_later(make, named):
 
 
 def test_rules_on_named_parameters():
-    layer = SMPConv2d(4, 4, 5)
+    layer = SMPConv2d(4, 4, 5, groups=4)
     optimizer = add_point_rules(torch.optim.SGD(layer.named_parameters(), lr=1.))
     names = {n: id(p) for g in optimizer.param_groups for n, p in zip(g['param_names'], g['params'])}
     assert names == {n: id(p) for n, p in layer.named_parameters()}
@@ -542,7 +542,7 @@ def test_a_state_saved_without_the_rules_keeps_its_rates():
 
 
 def test_an_optimizer_is_freed_with_its_last_user():
-    optimizer = SMPAdamW(SMPConv2d(2, 2, 5), lr=1.)
+    optimizer = SMPAdamW(SMPConv2d(2, 2, 5, groups=2), lr=1.)
     gone = ref(optimizer)
     gc.disable()
     try:

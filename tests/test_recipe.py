@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 import yaml
-from conftest import MODELS
+from conftest import IMAGENET_MODELS
 from PIL import Image
 from timm.data.auto_augment import AugmentOp
 from timm.scheduler import create_scheduler_v2
@@ -32,7 +32,7 @@ def authors_schedule(base, final, epochs, updates, warmup_epochs):
 
 
 def test_there_is_one_for_every_model():
-    assert set(recipe_names()) == set(MODELS) == set(PAPER)
+    assert set(recipe_names()) == set(IMAGENET_MODELS) == set(PAPER)
 
 
 @pytest.mark.parametrize('name', PAPER)

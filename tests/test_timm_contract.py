@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from conftest import MODELS
+from conftest import IMAGENET_MODELS
 from hub_server import HubServer, Repository
 from timm.models import save_for_hf
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Forward, backward, cfg, TorchScript, features in two ways, intermediates, pruning, FX forward, backward and scripted.
 # base is tiny with other numbers, so pruning and FX, which take 40 seconds there, are left out.
-PER_MODEL = {name: 7 if name == 'smpconv_base' else 10 for name in MODELS}
+PER_MODEL = {name: 7 if name == 'smpconv_base' else 10 for name in IMAGENET_MODELS}
 
 
 @pytest.fixture
@@ -75,5 +75,5 @@ def test_timm_model_tests_pass_on_every_model(timm_tests, weights_on_a_hub):
     assert result.returncode == 0, result.stdout[-5000:]
     assert skipped == [] and len(passed) == len(cases)
     assert sum('pretrained' in name for name in passed) >= 4  # loading weights, and features of them, tiny and base
-    for model in MODELS:
+    for model in IMAGENET_MODELS:
         assert sum(re.search(rf'-{model}(\.in1k)?\]', name) is not None for name in passed) >= PER_MODEL[model], model

@@ -24,7 +24,7 @@ import timm
 import torch
 import yaml
 from card import model_card
-from conftest import MODELS, TOKENS, difference
+from conftest import IMAGENET_MODELS, TOKENS, difference
 from hub_server import HubServer, Repository
 from huggingface_hub import constants
 from reference import authors_state_dict, logits
@@ -642,7 +642,7 @@ def test_own_weights_need_a_tag_of_their_own():
         convert.check_entry(entry, timm.create_model('smpconv_tiny', device='meta'), authors=False)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', IMAGENET_MODELS)
 def test_sources_list_what_can_be_recomputed(name):
     entry = sources.load_sources()[f'{name}.in1k']
     model = timm.create_model(name, device='meta').eval()
@@ -658,7 +658,7 @@ def test_sources_list_what_can_be_recomputed(name):
 
 def test_sources_and_the_package_agree_on_what_was_published():
     entries = sources.load_sources()
-    assert sorted(entries) == sorted(f'{name}.in1k' for name in MODELS)
+    assert sorted(entries) == sorted(f'{name}.in1k' for name in IMAGENET_MODELS)
     listed = {name: entry['sha256'] for name, entry in entries.items() if entry['origin'] or entry['sha256']}
     assert listed == pretrained.BUILT_IN
 

@@ -8,17 +8,19 @@ from typing import Any, Container, Dict, Iterable, List, Mapping, Optional, Sequ
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 
 from .kernel import check_points
 
 __all__ = [
     'CheckedLoading', 'CheckpointError', 'check_archive', 'check_before_loading', 'checkpoint_filter_fn',
-    'count_classes', 'read_checkpoint', 'select_weights']
+    'count_classes', 'count_inputs', 'is_authors_layout', 'read_checkpoint', 'select_weights']
 
 # Where training scripts, timm's among them, keep the two kinds of weights.
 _WRAPPERS = {'ema': ('state_dict_ema', 'model_ema', 'ema'), 'model': ('state_dict', 'model')}
 
-# Keys of the authors' ImageNet code (smp_imagenet/models/SMPConv.py), applied in order; `None` drops the entry.
+# Keys of the authors' code, applied in order; `None` drops the entry. First for ImageNet
+# (smp_imagenet/models/SMPConv.py), then for CIFAR-10 and sequences (smp/models/).
 _RENAMES = (
     (r'\.large_kernel\.smp\.conv\.kernel_coord$', None),
     (r'\.large_kernel\.smp\.conv\.weight_coord$', '.dwconv.large.conv.kernel.coords'),
@@ -30,11 +32,23 @@ _RENAMES = (
     (r'^transitions\.(\d+)\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.'),
     (r'^norm\.', 'head.norm.'),
     (r'^head\.(weight|bias)$', r'head.fc.\1'),
+    (r'(^|\.)cconv\d\.train_length$', None),
+    (r'^backbone\.', 'blocks.'),
+    (r'^(?=(cconv1|norm1)s?\.)', 'stem.'),
+    (r'\.cconv(\d)\.Kernel\.weight_coord$', r'.conv\1.large.conv.kernel.coords'),
+    (r'\.cconv(\d)\.Kernel\.radius$', r'.conv\1.large.conv.kernel.radius'),
+    (r'\.cconv(\d)\.Kernel\.weights$', r'.conv\1.large.conv.kernel.weight'),
+    (r'\.cconv(\d)\.bias$', r'.conv\1.large.conv.bias'),
+    (r'\.cconv(\d)s\.', r'.conv\1.small.conv.'),
+    (r'\.norm(\d)\.', r'.conv\1.large.bn.'),
+    (r'\.norm(\d)s\.', r'.conv\1.small.bn.'),
+    (r'\.shortcut\.0\.', '.shortcut.'),
+    (r'^(finallyr|out_layer)\.', 'head.fc.'),
 )
 _CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
-_ADAPTED = ('stem.0.conv.weight', *_CLASSIFIER)  # timm adapts these to in_chans and num_classes after the filter
 _PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
 _POSITIONS = re.compile(r'(^|\.)kernel\.(coords|radius)$')
+_PERMUTATION = re.compile(r'(^|\.)stem\.permutation$')
 
 
 class CheckpointError(RuntimeError):
@@ -172,19 +186,54 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
         True
     """
     out: Dict[str, Any] = {}
-    for key, value in select_weights(state_dict)[0].items():
+    expected = model.state_dict()
+    source = select_weights(state_dict)[0]
+    for key, value in source.items():
         renamed = _rename(key)
         if renamed is None:
             continue
-        if renamed.endswith('.kernel.radius') and isinstance(value, torch.Tensor) and value.ndim == 4:
-            value = value.flatten(1)  # (1, P, 1, 1) → (1, P)
         if renamed in out:
             raise CheckpointError(f'state_dict must hold every weight once, got {renamed} under two names')
+        if renamed != key and isinstance(value, torch.Tensor) and value.ndim > 2 and (
+                renamed.endswith('.kernel.radius') or renamed == 'head.fc.weight'):
+            value = value.flatten(1)  # (G, P, 1[, 1]) → (G, P); a 1×1 convolution (O, I, 1, 1) → (O, I)
         out[renamed] = value
-    expected = model.state_dict()
+    if is_authors_layout(source):  # their code draws the permutation when it reads the data
+        out.update({key: value for key, value in expected.items() if _PERMUTATION.search(key) and key not in out})
     _check_keys(out, expected, ignore=_CLASSIFIER)
-    _check_values(out, expected, any_shape=_ADAPTED)
+    inputs = getattr(model, 'input_weights', ())
+    _check_values(out, expected, any_shape=(*inputs, *_CLASSIFIER))
+    first_conv = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv') or ()
+    adapted_by_timm = [f'{name}.weight' for name in ([first_conv] if isinstance(first_conv, str) else first_conv)]
+    for key in inputs:
+        if key in out and key in expected and key not in adapted_by_timm:
+            out[key] = _adapt_input(key, out[key], expected[key].shape)
     return out
+
+
+def _adapt_input(key: str, weight: torch.Tensor, like: Sequence[int]) -> torch.Tensor:
+    """A weight (O, I, *) for other input channels, by timm's rule, which takes weights of images (O, I, K, K)."""
+    if len(weight.shape) == len(like) and weight.shape[0] == like[0] and weight.shape[1] != like[1]:
+        flat = weight.reshape(*weight.shape[:2], -1, 1)
+        try:
+            adapted = adapt_input_conv(like[1], flat)
+            weight = adapted.reshape(len(weight), adapted.shape[1], *weight.shape[2:])
+        except NotImplementedError:  # it adapts weights of three channels only
+            pass
+    if weight.shape != torch.Size(like):
+        raise CheckpointError(
+            f'state_dict must have the shapes of the model, got {key} {tuple(weight.shape)} instead of {tuple(like)}')
+    return weight
+
+
+def is_authors_layout(keys: Iterable[str]) -> bool:
+    """Whether names of weights are those of the authors' code.
+
+    Example:
+        >>> is_authors_layout(['head.weight']), is_authors_layout(['head.fc.weight'])
+        (True, False)
+    """
+    return any(_rename(key) != key for key in keys)
 
 
 def count_classes(shapes: Mapping[str, Sequence[int]]) -> int:
@@ -195,6 +244,20 @@ def count_classes(shapes: Mapping[str, Sequence[int]]) -> int:
         10
     """
     return next((shape[0] for key, shape in shapes.items() if _rename(key) == 'head.fc.weight' and shape), 0)
+
+
+def count_inputs(shapes: Mapping[str, Sequence[int]], names: Container[str]) -> int:
+    """Input channels of a checkpoint in either layout, from the shapes of its weights; 0 if none of `names` is there.
+
+    Args:
+        shapes: Names of weights → their shapes.
+        names: The model's `input_weights`.
+
+    Example:
+        >>> count_inputs({'backbone.0.cconv1s.weight': (30, 3, 5)}, ['blocks.0.conv1.small.conv.weight'])
+        3
+    """
+    return next((shape[1] for key, shape in shapes.items() if _rename(key) in names and len(shape) > 1), 0)
 
 
 def check_before_loading(
@@ -264,6 +327,8 @@ def _check_values(
                 wrong.append(f'{key} {tuple(value.shape)} instead of {tuple(like.shape)}')
             elif _POSITIONS.search(key):
                 _check_points(key, value.to(like.dtype))
+            elif _PERMUTATION.search(key):
+                _check_permutation(key, value)
     if wrong:
         raise CheckpointError(f'state_dict must have the shapes of the model, got {_some(wrong)}')
 
@@ -290,6 +355,16 @@ def _check_points(key: str, value: torch.Tensor) -> None:
         raise CheckpointError(str(error)) from error
 
 
+def _check_permutation(key: str, value: torch.Tensor) -> None:
+    if value.is_meta:
+        return
+    found, numbers = value.cpu().sort().values, torch.arange(len(value))
+    if not torch.equal(found, numbers.to(found.dtype)):
+        missing = numbers[~torch.isin(numbers, found)]
+        raise CheckpointError(
+            f'{key} must hold every number from 0 to {len(value) - 1} once, got none that is {missing[0].item()}')
+
+
 def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Container[str] = ()) -> None:
     _check_merged(keys, expected)
     missing = [k for k in expected if k not in keys and k not in ignore]
@@ -297,7 +372,7 @@ def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Container[
     if missing or extra:
         found = [f'{len(ks)} {word} ({_some(ks)})' for word, ks in (('missing', missing), ('extra', extra)) if ks]
         hint = ''
-        if any('.large_kernel.' in k for k in extra):
+        if is_authors_layout(extra):
             hint = '; this is the layout of the authors: load it through checkpoint_filter_fn'
         raise CheckpointError(f'state_dict must have exactly the keys of the model, got {" and ".join(found)}{hint}')
 
@@ -314,9 +389,9 @@ def _check_merged(keys: Iterable[str], expected: Iterable[str]) -> None:
 
 def _is_merged(keys: Iterable[str]) -> Optional[bool]:
     """Whether the keys are those of a merged model; None if there is no large kernel among them."""
-    if any(re.search(r'(^|\.)dwconv\.weight$', k) for k in keys):
+    if any(re.search(r'(^|\.)(dwconv|conv[12])\.weight$', k) for k in keys):
         return True
-    return False if any(re.search(r'(^|\.)dwconv\.large\.', k) for k in keys) else None
+    return False if any(re.search(r'(^|\.)(dwconv|conv[12])\.large\.', k) for k in keys) else None
 
 
 def _some(items: List[str], limit: int = 3) -> str:

@@ -1,36 +1,39 @@
 """The modules around an SMP kernel, and how each merges into plain convolutions.
 
-Shapes: B batch, C channels, H and W height and width, K kernel size, O and I output and input channels.
+Shapes: B batch, C channels, H and W height and width, L length, K kernel size, O and I output and input channels.
 
 `fuse()` follows timm's protocol (`timm.utils.reparameterize_model`): it returns the module that takes the module's
-place and leaves the module itself unchanged. It computes in float64 where the device supports that. It raises
-`MergeError` in training mode, and for a part that it cannot fold exactly: one with a `forward` of its own, say.
+place and leaves the module itself unchanged. It raises `MergeError` in training mode, and for a part that it cannot
+fold exactly: one with a `forward` of its own, say.
 """
 from collections import OrderedDict
 from copy import deepcopy
-from typing import Any, Callable, NamedTuple, Optional, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Optional, Tuple, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import (
-    BatchNormAct2d,
-    DropPath,
-    FrozenBatchNormAct2d,
-    SelectAdaptivePool2d,
-    SyncBatchNormAct,
-    to_2tuple,
-)
-from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]  # torchvision carries no type hints
+from timm.layers import DropPath, SelectAdaptivePool2d, to_2tuple
 
+from . import folding
+from .folding import Convolution, absorb, affine, forward_of, refused
 from .kernel import SMPKernel
-from .merged import MergedBlock, MergedConv2d, MergedNorm, MergeError, check_mode, merge
-from .ops import depthwise_conv2d
+from .merged import (
+    MergedBlock,
+    MergedConv2d,
+    MergedNorm,
+    check_mode,
+    conv1d,
+    merge,
+)
+from .ops import depthwise_conv2d, large_conv2d
 
 __all__ = [
-    'ConvNorm', 'DepthwiseConv2d', 'NormClassifierHead', 'RepSMPConv2d', 'SMPConv2d', 'check_images', 'merged_block',
-    'odd_sizes']
+    'CausalConv1d', 'ClassifierHead', 'ConvNorm', 'DenseRepSMPConv2d', 'DepthwiseConv2d', 'NormClassifierHead',
+    'RepSMPConv1d', 'RepSMPConv2d', 'SMPConv1d', 'SMPConv2d', 'SelectSequencePool', 'check_images', 'check_sequences',
+    'merged_block', 'odd_sizes']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
@@ -51,6 +54,45 @@ def check_images(x: torch.Tensor, channels: int, least: int = 1) -> None:
         raise TypeError(f'x must be floating point, got {x.dtype}')
 
 
+@torch.fx.wrap
+def check_sequences(x: torch.Tensor, channels: int, longest: int = 0, exact: bool = False) -> None:
+    """Raise an error unless x is (B, channels, L), floating point, with L from 1 to `longest`, if that is given.
+
+    With `exact`, L must be `longest`.
+
+    One node in an FX graph, and nothing in a trace.
+    """
+    if torch.jit.is_tracing():
+        return
+    if not torch.jit.is_scripting() and not isinstance(x, torch.Tensor):
+        raise TypeError(f'x must be a tensor of shape (B, {channels}, L), got {type(x).__name__}')
+    if x.ndim != 3 or x.shape[1] != channels or x.shape[2] < 1:
+        raise ValueError(f'x must be (B, {channels}, L) with L at least 1, got shape {list(x.shape)}')
+    if exact and x.shape[2] != longest:
+        raise ValueError(f'x must have seq_len = {longest} samples, which the network permutes, got {x.shape[2]}')
+    if longest and x.shape[2] > longest:
+        raise ValueError(f'x must have at most seq_len = {longest} samples, got {x.shape[2]}')
+    if not x.is_floating_point():
+        raise TypeError(f'x must be floating point, got {x.dtype}')
+
+
+class CausalConv1d(nn.Conv1d):
+    """The `nn.Conv1d` of stride 1 that sees the current and earlier samples only, padded with zeros in front.
+
+    (B, in_channels, L) → (B, out_channels, L).
+    """
+    causal = True
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to the start values of the sequence networks."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return conv1d(x, self.weight, self.bias, causal=True)
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """The depthwise `nn.Conv2d` of stride 1 that keeps the size, computed by `depthwise_conv2d`.
 
@@ -67,32 +109,98 @@ class DepthwiseConv2d(nn.Conv2d):
         return depthwise_conv2d(x, self.weight, self.bias)
 
 
-class SMPConv2d(nn.Module):
-    """Depthwise convolution with an SMP kernel whose points all channels share; a drop-in for a depthwise `nn.Conv2d`.
+class _SMPConv(nn.Module):
+    """What `SMPConv1d` and `SMPConv2d` share: the kernel, the bias, rendering and merging."""
 
-    (B, C, H, W) → (B, C, H', W'). The positional arguments are those of `nn.Conv2d`.
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Tuple[int, ...],
+            dilation: Tuple[int, ...],
+            groups: int,
+            bias: bool,
+            padding_mode: str,
+            points: int,
+            average: Optional[bool],
+            device=None,
+            dtype=None,
+            **kernel_args: Any,
+    ):
+        super().__init__()
+        for name, channels in (('in_channels', in_channels), ('out_channels', out_channels)):
+            if groups < 1 or channels < 1 or channels % groups:
+                raise ValueError(f'{name} must be a positive multiple of groups = {groups}, got {channels}')
+        if set(dilation) != {1}:
+            raise ValueError(f'dilation must be 1: render a larger kernel_size instead, got {dilation[0]}')
+        if padding_mode != 'zeros':
+            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.dilation = kernel_size, dilation
+        self.depthwise = groups == in_channels == out_channels
+        if self.depthwise:
+            shape: Any = dict(channels=in_channels)
+        else:
+            shape = dict(channels=in_channels // groups, groups=out_channels)
+        average = not self.depthwise if average is None else average
+        self.kernel = SMPKernel(
+            size=kernel_size, points=points, average=average, **shape, **kernel_args, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+
+    def render(self) -> torch.Tensor:
+        """The weight of the convolution, (O, I / groups, *K), in float32 at least."""
+        return self.kernel().transpose(0, 1) if self.depthwise else self.kernel()
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The same convolution as a plain module."""
+        check_mode(self)
+        return folding.values(self, '').build()
+
+
+def _default_range(depthwise: bool) -> Tuple[float, float]:
+    """The range of radii in the authors' code for ImageNet, or for CIFAR-10 and sequences."""
+    return (1e-3, 1.) if depthwise else (1e-4, 1.)
+
+
+class SMPConv2d(_SMPConv):
+    """Convolution with an SMP kernel; a drop-in for `nn.Conv2d`.
+
+    (B, C, H, W) → (B, O, H', W'). The positional arguments are those of `nn.Conv2d`.
+
+    A depthwise convolution, groups = in_channels = out_channels, is that of the ImageNet networks: all channels share
+    the points. Otherwise it is that of the CIFAR-10 network: each output channel has points of its own, whose weights
+    differ between the input channels, and an entry of the kernel is the average over the points that reach it.
 
     Args:
         in_channels: C.
-        out_channels: Must equal in_channels.
+        out_channels: O.
         kernel_size: Odd.
         stride: As in `nn.Conv2d`.
         padding: As in `nn.Conv2d`: 0 by default; kernel_size // 2 or 'same' keeps the size at stride 1; 'valid' is 0.
         dilation: Must be 1; an SMP kernel is rendered at any size instead.
-        groups: Must equal in_channels, which is the default.
-        bias: Learn a bias per channel.
+        groups: As in `nn.Conv2d`.
+        bias: Learn a bias per output channel.
         padding_mode: Must be 'zeros'.
-        points: Number of points, K * K // 4 by default.
+        points: Number of points, by default K * K // 4 if depthwise, else 16 (appendix, 1.1 and 1.2).
+        average: See `SMPKernel`; by default unless depthwise.
         radius: See `SMPKernel`.
-        coords_std: See `SMPKernel`.
+        coords_std: See `SMPKernel`; by default 0.2 if depthwise, else 0.05.
+        radius_range: See `SMPKernel`; by default (1e-3, 1) if depthwise, else (1e-4, 1).
+
+    Raises:
+        ValueError: An argument breaks the rules above.
 
     Example:
         >>> import torch, timm_smpconv
-        >>> conv = timm_smpconv.SMPConv2d(8, 8, 31, padding=15).eval()  # for nn.Conv2d(8, 8, 31, padding=15, groups=8)
+        >>> conv = timm_smpconv.SMPConv2d(8, 8, 31, padding=15, groups=8).eval()
         >>> conv(torch.randn(1, 8, 20, 30)).shape
         torch.Size([1, 8, 20, 30])
         >>> conv.fuse()
         MergedConv2d(8, 8, kernel_size=(31, 31), stride=(1, 1), padding=(15, 15), groups=8, activation=none)
+        >>> conv = timm_smpconv.SMPConv2d(3, 8, 33, padding='same').eval()
+        >>> conv.fuse()
+        MergedLargeConv2d(3, 8, kernel_size=(33, 33), stride=(1, 1), padding=(16, 16))
     """
 
     def __init__(
@@ -103,82 +211,155 @@ class SMPConv2d(nn.Module):
             stride: _int_or_pair = 1,
             padding: Union[str, _int_or_pair] = 0,
             dilation: _int_or_pair = 1,
-            groups: Optional[int] = None,
+            groups: int = 1,
             bias: bool = True,
             padding_mode: str = 'zeros',
             *,
             points: Optional[int] = None,
+            average: Optional[bool] = None,
             radius: Optional[float] = None,
-            coords_std: float = 0.2,
+            coords_std: Optional[float] = None,
+            radius_range: Optional[Tuple[float, float]] = None,
             device=None,
             dtype=None,
     ):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        groups = in_channels if groups is None else groups
-        if out_channels != in_channels:
-            raise ValueError(f'out_channels must equal in_channels = {in_channels} (depthwise), got {out_channels}')
-        if groups != in_channels:
-            raise ValueError(f'groups must equal in_channels = {in_channels} (depthwise), got {groups}')
-        if to_2tuple(dilation) != (1, 1):
-            raise ValueError(f'dilation must be 1: render a larger kernel_size instead, got {dilation}')
-        if padding_mode != 'zeros':
-            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
-        self.in_channels = self.out_channels = self.groups = in_channels
-        self.kernel_size = _check_odd('kernel_size', kernel_size)
-        self.stride: Tuple[int, int] = to_2tuple(stride)
-        same = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
-        if isinstance(padding, str):
-            if padding not in ('same', 'valid') or (padding == 'same' and self.stride != (1, 1)):
-                raise ValueError(f"padding must be numbers, 'valid' or, at stride 1, 'same', got {padding!r}")
-            padding = same if padding == 'same' else 0
-        self.padding: Tuple[int, int] = to_2tuple(padding)
-        self.dilation = (1, 1)
-        self.keeps_size = self.stride == (1, 1) and self.padding == same
+        size = _check_odd('kernel_size', kernel_size)
+        depthwise = groups == in_channels == out_channels
         if points is None:
-            points = max(1, self.kernel_size[0] * self.kernel_size[1] // 4)
-        self.kernel = SMPKernel(in_channels, self.kernel_size, points, radius=radius, coords_std=coords_std, **dd)
-        self.bias = nn.Parameter(torch.zeros(in_channels, **dd)) if bias else None
-
-    def render(self) -> torch.Tensor:
-        """The weight of the depthwise convolution, (C, 1, K, K), in float32 at least."""
-        return self.kernel().transpose(0, 1)
+            points = max(1, size[0] * size[1] // 4) if depthwise else 16
+        if coords_std is None:
+            coords_std = 0.2 if depthwise else 0.05
+        super().__init__(
+            in_channels, out_channels, size, to_2tuple(dilation), groups, bias, padding_mode, points, average,
+            radius=radius, coords_std=coords_std, radius_range=radius_range or _default_range(depthwise),
+            device=device, dtype=dtype)
+        self.stride: Tuple[int, int] = to_2tuple(stride)
+        self.padding: Tuple[int, int] = to_2tuple(_check_padding(padding, size, self.stride))
+        self.keeps_size = self.stride == (1, 1) and self.padding == (size[0] // 2, size[1] // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_images(x, self.in_channels)
         weight = self.render().to(x.dtype)
-        if self.keeps_size:
+        if self.keeps_size and self.depthwise:
             return depthwise_conv2d(x, weight, self.bias)
+        if self.keeps_size and self.groups == 1:
+            return large_conv2d(x, weight, self.bias)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Conv2d:
-        """The same convolution as a plain `nn.Conv2d`."""
-        check_mode(self)
-        return _values(self, '').build()
 
     def extra_repr(self) -> str:
         return (
-            f'{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, '
-            f'bias={self.bias is not None}')
+            f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
+            f'padding={self.padding}, groups={self.groups}, bias={self.bias is not None}')
+
+
+class SMPConv1d(_SMPConv):
+    """Convolution of sequences with an SMP kernel, centred or causal; a drop-in for `nn.Conv1d`.
+
+    (B, C, L) → (B, O, L'). The positional arguments are those of `nn.Conv1d`. Points are shared by all channels if the
+    convolution is depthwise, see `SMPConv2d`. A causal convolution sees the current and earlier samples only: its
+    input is padded with K - 1 zeros in front, and its points start near the current sample.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        kernel_size: K, at least 2; odd unless causal.
+        stride: As in `nn.Conv1d`.
+        padding: As in `nn.Conv1d`; must be 0 if causal.
+        dilation: Must be 1; an SMP kernel is rendered at any size instead.
+        groups: As in `nn.Conv1d`.
+        bias: Learn a bias per output channel.
+        padding_mode: Must be 'zeros'.
+        causal: Pad in front only.
+        points: Number of points, 30 by default (appendix, 1.1).
+        average: See `SMPKernel`; by default unless depthwise.
+        radius: See `SMPKernel`.
+        coords_std: See `SMPKernel`; 0.2 by default. The paper's 0.1 is that of half the axis.
+        radius_range: See `SMPKernel`; by default (1e-3, 1) if depthwise, else (1e-4, 1).
+
+    Raises:
+        ValueError: An argument breaks the rules above.
+
+    Example:
+        >>> import torch, timm_smpconv
+        >>> conv = timm_smpconv.SMPConv1d(3, 8, 1024, causal=True).eval()
+        >>> conv(torch.randn(1, 3, 1024)).shape
+        torch.Size([1, 8, 1024])
+        >>> conv.fuse()
+        MergedConv1d(3, 8, kernel_size=(1024,), stride=(1,), causal=True)
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int,
+            stride: int = 1,
+            padding: Union[str, int] = 0,
+            dilation: int = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: str = 'zeros',
+            *,
+            causal: bool = False,
+            points: int = 30,
+            average: Optional[bool] = None,
+            radius: Optional[float] = None,
+            coords_std: float = 0.2,
+            radius_range: Optional[Tuple[float, float]] = None,
+            device=None,
+            dtype=None,
+    ):
+        k, d, s = _single('kernel_size', kernel_size), _single('dilation', dilation), _single('stride', stride)
+        if k < 2 or (k % 2 == 0 and not causal):
+            rule = 'at least 2' if causal else 'odd and at least 3, unless causal'
+            raise ValueError(f'kernel_size must be {rule}, got {k}')
+        if causal and padding != 0:
+            raise ValueError(f'padding must be 0 in a causal convolution, which pads in front, got {padding!r}')
+        depthwise = groups == in_channels == out_channels
+        super().__init__(
+            in_channels, out_channels, (k,), (d,), groups, bias, padding_mode, points, average, radius=radius,
+            coords_std=coords_std, coords_mean=1. if causal else 0.,
+            radius_range=radius_range or _default_range(depthwise), device=device, dtype=dtype)
+        self.stride = (s,)
+        self.padding = (_single('padding', _check_padding(padding, (k,), self.stride)),)
+        self.causal = causal
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_sequences(x, self.in_channels)
+        weight = self.render().to(x.dtype)
+        return conv1d(x, weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal)
+
+    def extra_repr(self) -> str:
+        return (
+            f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
+            f'padding={self.padding}, groups={self.groups}, bias={self.bias is not None}, causal={self.causal}')
+
+
+folding.WEIGHTS.update({
+    DepthwiseConv2d.forward: lambda conv: conv.weight,
+    CausalConv1d.forward: lambda conv: conv.weight,
+    SMPConv1d.forward: SMPConv1d.render,
+    SMPConv2d.forward: SMPConv2d.render,
+})
 
 
 class ConvNorm(nn.Module):
     """A convolution, its BatchNorm and, if given, an activation.
 
-    Merges into an `nn.Conv2d`, or into an `nn.Sequential` with the children `conv` and `act`.
+    Merges into a convolution, or into an `nn.Sequential` with the children `conv` and `act`.
     """
 
     def __init__(
             self,
-            conv: Union[nn.Conv2d, SMPConv2d],
+            conv: Union[nn.Conv1d, nn.Conv2d, SMPConv1d, SMPConv2d],
             act_layer: Optional[Callable[[], nn.Module]] = None,
             device=None,
             dtype=None,
     ):
         super().__init__()
         self.conv = conv
-        self.bn = nn.BatchNorm2d(conv.out_channels, device=device, dtype=dtype)
+        norm_layer = nn.BatchNorm1d if len(conv.kernel_size) == 1 else nn.BatchNorm2d
+        self.bn = norm_layer(conv.out_channels, device=device, dtype=dtype)
         self.act = nn.Identity() if act_layer is None else act_layer()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -195,10 +376,27 @@ class ConvNorm(nn.Module):
         return merged
 
 
-class RepSMPConv2d(nn.Module):
-    """A large SMP branch and a small convolution branch, each with a BatchNorm, added; merges into one `nn.Conv2d`.
+class _RepConv(nn.Module):
+    """A large SMP branch and a small convolution branch, each with a BatchNorm, added; merges into one convolution."""
 
-    (B, C, H, W) → (B, C, H, W), stride 1.
+    def __init__(self, large: ConvNorm, small: ConvNorm):
+        super().__init__()
+        self.large = large
+        self.small = small
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.large(x) + self.small(x)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        check_mode(self)
+        return folding.add_small(_folded(self.large, 'large'), _folded(self.small, 'small')).build()
+
+
+class RepSMPConv2d(_RepConv):
+    """A large depthwise SMP branch and a small depthwise branch, each with a BatchNorm, added.
+
+    (B, C, H, W) → (B, C, H, W), stride 1. Merges into one `nn.Conv2d`.
 
     Args:
         channels: C.
@@ -225,36 +423,177 @@ class RepSMPConv2d(nn.Module):
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
         large, small = odd_sizes(kernel_size, small_kernel)
-        padding = (large[0] // 2, large[1] // 2)
-        conv = SMPConv2d(channels, channels, large, padding=padding, bias=False, points=points, **dd)
-        self.large = ConvNorm(conv, **dd)
-        self.small = ConvNorm(DepthwiseConv2d(channels, small, bias=False, **dd), **dd)
+        conv = SMPConv2d(
+            channels, channels, large, padding='same', groups=channels, bias=False, points=points, **dd)
+        super().__init__(
+            ConvNorm(conv, **dd), ConvNorm(DepthwiseConv2d(channels, small, bias=False, **dd), **dd))
+
+
+class DenseRepSMPConv2d(_RepConv):
+    """A large SMP branch and a small branch over all channels, each with a BatchNorm, added.
+
+    (B, I, H, W) → (B, O, H, W), stride 1. Merges into a `MergedLargeConv2d`.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: Size of the SMP kernel, odd.
+        small_kernel: Size of the kernel beside it, odd, not larger than kernel_size.
+        bias: Learn a bias in the SMP branch.
+        small_bias: Learn a bias in the small branch.
+        smp_args: `points`, `radius`, `coords_std` and `radius_range` of `SMPConv2d`.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: _int_or_pair,
+            small_kernel: _int_or_pair = 3,
+            bias: bool = False,
+            small_bias: bool = False,
+            device=None,
+            dtype=None,
+            **smp_args: Any,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        large, (k, l) = odd_sizes(kernel_size, small_kernel)
+        conv = SMPConv2d(in_channels, out_channels, large, padding='same', bias=bias, average=True, **smp_args, **dd)
+        small = nn.Conv2d(in_channels, out_channels, (k, l), padding=(k // 2, l // 2), bias=small_bias, **dd)
+        super().__init__(ConvNorm(conv, **dd), ConvNorm(small, **dd))
+
+
+class RepSMPConv1d(_RepConv):
+    """A long and a short causal branch over all channels, each with a BatchNorm, added.
+
+    (B, I, L) → (B, O, L). Merges into a `MergedConv1d`.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: Length of the SMP kernel, at least 2.
+        small_kernel: Length of the kernel beside it, not longer than kernel_size.
+        bias: Learn a bias in the SMP branch.
+        smp_args: `points`, `radius`, `coords_std` and `radius_range` of `SMPConv1d`.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int,
+            small_kernel: int = 5,
+            bias: bool = False,
+            device=None,
+            dtype=None,
+            **smp_args: Any,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        if not 1 <= small_kernel <= kernel_size:
+            raise ValueError(
+                f'small_kernel must be at least 1 and not larger than kernel_size = {kernel_size}, got {small_kernel}')
+        conv = SMPConv1d(in_channels, out_channels, kernel_size, bias=bias, causal=True, average=True, **smp_args, **dd)
+        small = CausalConv1d(in_channels, out_channels, small_kernel, bias=False, **dd)
+        super().__init__(ConvNorm(conv, **dd), ConvNorm(small, **dd))
+
+
+class SelectSequencePool(nn.Module):
+    """Pooling of a sequence to one vector, (B, C, L) → (B, C).
+
+    Args:
+        pool_type: 'last' for the last sample, 'avg' or 'max'; '' for none.
+    """
+
+    def __init__(self, pool_type: str = 'last'):
+        super().__init__()
+        if pool_type not in ('last', 'avg', 'max', ''):
+            raise ValueError(f"global_pool must be 'last', 'avg', 'max' or '', got {pool_type!r}")
+        self.pool_type = pool_type
+
+    def feat_mult(self) -> int:
+        """Features of the result per channel."""
+        return 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.large(x) + self.small(x)
+        if self.pool_type == 'last':
+            return x[..., -1]
+        if self.pool_type == 'avg':
+            return x.mean(-1)
+        if self.pool_type == 'max':
+            return x.amax(-1)
+        return x
 
-    @torch.no_grad()
-    def fuse(self) -> nn.Conv2d:
-        check_mode(self)
-        large, small = _folded(self.large, 'large'), _folded(self.small, 'small')
-        for name, branch in (('large', large), ('small', small)):
-            if not branch.is_same_depthwise():
-                raise _refused(branch.like, name, 'must be a depthwise convolution that keeps the size')
-        dy, dx = [(k - s) // 2 for k, s in zip(large.weight.shape[2:], small.weight.shape[2:])]
-        if dy < 0 or dx < 0:
-            raise _refused(small.like, 'small', 'must not be larger than the large branch')
-        weight = large.weight + F.pad(small.weight, (dx, dx, dy, dy))
-        bias = large.bias if small.bias is None else small.bias if large.bias is None else large.bias + small.bias
-        return large._replace(weight=weight, bias=bias).build()
+    def extra_repr(self) -> str:
+        return f'pool_type={self.pool_type!r}'
 
 
-class NormClassifierHead(nn.Module):
-    """BatchNorm, global pooling, dropout and a linear classifier.
+def _select_images_pool(pool_type: str) -> SelectAdaptivePool2d:
+    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
 
-    (B, C, H, W) → (B, num_classes). With num_classes = 0 or `pre_logits`, (B, C). Without pooling the classifier is a
-    1×1 convolution, and H and W remain.
+
+class ClassifierHead(nn.Module):
+    """Global pooling, dropout and a linear classifier.
+
+    (B, C, H, W) or (B, C, L) → (B, num_classes). With num_classes = 0 or `pre_logits`, (B, C). Without pooling the
+    classifier is a 1×1 convolution, and the sizes remain.
+
+    Args:
+        in_features: C.
+        global_pool: What `select_pool` takes; '' for none.
+        drop_rate: Dropout in front of the classifier.
+        select_pool: Makes the pooling, by default timm's `SelectAdaptivePool2d`.
+        init_weight: Sets the start values of the classifier's weight, by default those of the ImageNet networks.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            global_pool: str = 'avg',
+            drop_rate: float = 0.,
+            select_pool: Callable[[str], nn.Module] = _select_images_pool,
+            init_weight: Callable[[torch.Tensor], Any] = partial(nn.init.trunc_normal_, std=0.02),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self._select_pool: Any = select_pool
+        self._init_weight: Any = init_weight
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, global_pool, device=device, dtype=dtype)
+
+    def reset(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
+        """Replace the classifier by a new one, or none for num_classes = 0, and the pooling if given ('' for none)."""
+        if num_classes < 0:
+            raise ValueError(f'num_classes must be 0 (no classifier) or more, got {num_classes}')
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool: Any = self._select_pool(pool_type)
+        self.num_features = self.in_features * self.global_pool.feat_mult()
+        self.fc: nn.Module = nn.Identity()
+        if num_classes > 0:
+            dd = {'device': device, 'dtype': dtype}
+            fc: Union[nn.Linear, nn.Conv1d, nn.Conv2d]
+            if pool_type:
+                fc = nn.Linear(self.num_features, num_classes, **dd)
+            elif isinstance(self.global_pool, SelectSequencePool):
+                fc = nn.Conv1d(self.num_features, num_classes, 1, **dd)
+            else:
+                fc = nn.Conv2d(self.num_features, num_classes, 1, **dd)
+            self._init_weight(fc.weight)
+            if fc.bias is not None:
+                nn.init.zeros_(fc.bias)
+            self.fc = fc
+        self.train(self.training)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+
+class NormClassifierHead(ClassifierHead):
+    """BatchNorm and a `ClassifierHead`.
 
     In the merged head a 1×1 depthwise convolution takes the BatchNorm's place. It is not folded into `fc`, so that
     `get_classifier`, `forward_head(pre_logits=True)` and an assigned `fc` mean the same before and after merging.
@@ -275,36 +614,13 @@ class NormClassifierHead(nn.Module):
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.in_features = in_features
+        super().__init__(in_features, num_classes, global_pool, drop_rate, **dd)
         if inference_mode:
             conv = MergedConv2d(in_features, in_features, 1, groups=in_features, **dd)
             nn.init.ones_(conv.weight)
             self.norm: nn.Module = MergedNorm(conv).train()
         else:
             self.norm = nn.BatchNorm2d(in_features, **dd)
-        self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, global_pool, **dd)
-
-    def reset(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
-        """Replace the classifier by a new one, or none for num_classes = 0, and the pooling if given ('' for none)."""
-        if num_classes < 0:
-            raise ValueError(f'num_classes must be 0 (no classifier) or more, got {num_classes}')
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool: SelectAdaptivePool2d = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
-        self.num_features = self.in_features * self.global_pool.feat_mult()
-        self.fc: nn.Module = nn.Identity()
-        if num_classes > 0:
-            dd = {'device': device, 'dtype': dtype}
-            if pool_type:
-                fc: Union[nn.Linear, nn.Conv2d] = nn.Linear(self.num_features, num_classes, **dd)
-            else:
-                fc = nn.Conv2d(self.num_features, num_classes, 1, **dd)
-            nn.init.trunc_normal_(fc.weight, std=0.02)
-            if fc.bias is not None:
-                nn.init.zeros_(fc.bias)
-            self.fc = fc
-        self.train(self.training)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.drop(self.global_pool(self.norm(x)))
@@ -316,12 +632,12 @@ class NormClassifierHead(nn.Module):
             return self
         check_mode(self)
         norm: Any = self.norm
-        scale, shift = _affine(norm, 'norm', self.in_features)
+        scale, shift = affine(norm, 'norm', self.in_features)
         like = nn.Conv2d(
             self.in_features, self.in_features, 1, groups=self.in_features,
             device='meta', dtype=norm.running_var.dtype)
         merged = deepcopy(self)
-        merged.norm = MergedNorm(_Convolution(like, scale.reshape(-1, 1, 1, 1), shift).build())
+        merged.norm = MergedNorm(Convolution(like, scale.reshape(-1, 1, 1, 1), shift).build())
         return merged
 
 
@@ -345,20 +661,20 @@ def merged_block(
         MergeError: One of these cannot be folded exactly.
     """
     check_mode(block)
-    if _forward_of(block.drop_path) is DropPath.forward:
+    if forward_of(block.drop_path) is DropPath.forward:
         check_mode(block.drop_path, 'drop_path')
-    elif _forward_of(block.drop_path) is not nn.Identity.forward:
-        raise _refused(block.drop_path, 'drop_path', 'must be a DropPath or an Identity')
+    elif forward_of(block.drop_path) is not nn.Identity.forward:
+        raise refused(block.drop_path, 'drop_path', 'must be a DropPath or an Identity')
     pw1, pw2 = _folded(block.pw1, 'pw1'), _folded(block.pw2, 'pw2')
     if not pw1.is_pointwise():
-        raise _refused(pw1.like, 'pw1', 'must be a 1×1 convolution with stride 1 and without groups')
-    scale, shift = _affine(block.norm, 'norm', pw1.weight.shape[1], pw1.weight.device)
+        raise refused(pw1.like, 'pw1', 'must be a 1×1 convolution with stride 1 and without groups')
+    scale, shift = affine(block.norm, 'norm', pw1.weight.shape[1], pw1.weight.device)
     moved = pw1.weight.flatten(1) @ shift  # (O,)
     pw1 = pw1._replace(
         weight=pw1.weight * scale.reshape(1, -1, 1, 1), bias=moved if pw1.bias is None else pw1.bias + moved)
     before, after = pw1.build(), pw2.build()
     dwconv = merge(dwconv, 'dwconv') if hasattr(dwconv, 'fuse') else deepcopy(dwconv)
-    merged = MergedBlock(before, _absorb(before, act1), dwconv, _absorb(dwconv, act2), after)
+    merged = MergedBlock(before, absorb(before, act1), dwconv, absorb(dwconv, act2), after)
     merged.training = False  # parts that are kept stay in their mode
     return merged
 
@@ -378,118 +694,31 @@ def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
     return pair[0], pair[1]
 
 
-# Merging. A module is known by the `forward` that it runs: subclasses, and modules to which another forward was
-# assigned, may compute something else.
-_CONV_FORWARDS = (nn.Conv2d.forward, DepthwiseConv2d.forward, MergedConv2d.forward)
-_NORM_FORWARDS = (
-    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, SyncBatchNormAct.forward)
-_FROZEN_NORM_FORWARDS = (FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)  # the same in training mode
+def _check_padding(padding: Any, size: Tuple[int, ...], stride: Tuple[int, ...]) -> Any:
+    """Padding as a number or numbers."""
+    if not isinstance(padding, str):
+        return padding
+    if padding not in ('same', 'valid') or (padding == 'same' and set(stride) != {1}):
+        raise ValueError(f"padding must be numbers, 'valid' or, at stride 1, 'same', got {padding!r}")
+    return tuple(k // 2 for k in size) if padding == 'same' else 0
 
 
-def _forward_of(module: nn.Module) -> Any:
-    return getattr(module.forward, '__func__', None)
+def _single(name: str, value: Any) -> int:
+    """A number, or the number in a sequence of one."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if len(values) != 1 or not isinstance(values[0], int):
+        raise ValueError(f'{name} must be an integer, got {value!r}')
+    return values[0]
 
 
-def _refused(module: nn.Module, path: str, rule: str) -> MergeError:
-    kind = type(module).__name__
-    return MergeError(kind, f'{rule} to be merged, got {kind}({module.extra_repr()})', path)
-
-
-class _Convolution(NamedTuple):
-    """Values in the merging precision of a convolution with the geometry and dtype of `like`."""
-    like: Union[nn.Conv2d, SMPConv2d]
-    weight: torch.Tensor  # (O, I / groups, K, K)
-    bias: Optional[torch.Tensor]  # (O,)
-
-    def is_pointwise(self) -> bool:
-        like = self.like
-        return self.weight.shape[2:] == (1, 1) and tuple(like.padding) == (0, 0) and like.stride == (1, 1) and (
-            like.groups == 1)
-
-    def is_same_depthwise(self) -> bool:
-        like = self.like
-        channels, inputs, k, l = self.weight.shape
-        return like.groups == channels and inputs == 1 and tuple(like.padding) == (k // 2, l // 2) and (
-            k % 2 == l % 2 == 1 and like.stride == like.dilation == (1, 1))
-
-    def build(self) -> MergedConv2d:
-        """The convolution in evaluation mode; draws no random numbers."""
-        like: Any = self.like
-        dtype = (like.kernel if isinstance(like, SMPConv2d) else like).weight.dtype
-        conv = MergedConv2d(
-            like.in_channels, like.out_channels, like.kernel_size, like.stride, like.padding, like.dilation,
-            like.groups, self.bias is not None, device='meta', dtype=dtype)
-        conv.weight = nn.Parameter(self.weight.detach().to(dtype))
-        if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.detach().to(dtype))
-        conv.training = False
-        return conv
-
-
-def _values(conv: Any, path: str) -> _Convolution:
-    bias = None if getattr(conv, 'bias', None) is None else _exact(conv.bias)
-    if _forward_of(conv) is SMPConv2d.forward:
-        return _Convolution(conv, _exact(conv.render()), bias)
-    plain = _forward_of(conv) in _CONV_FORWARDS and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str)
-    if not plain or getattr(conv, 'activation', 'none') != 'none':
-        raise _refused(conv, path, 'must be an SMPConv2d or an nn.Conv2d padded with zeros')
-    return _Convolution(conv, _exact(conv.weight), bias)
-
-
-def _folded(module: Any, path: str) -> _Convolution:
+def _folded(module: Any, path: str) -> Convolution:
     """The convolution that equals a convolution or a `ConvNorm` without activation."""
-    if _forward_of(module) is not ConvNorm.forward:
-        return _values(module, path)
-    if _forward_of(module.act) is not nn.Identity.forward:
-        raise _refused(module.act, f'{path}.act', 'must be an Identity')
+    if forward_of(module) is not ConvNorm.forward:
+        return folding.values(module, path)
+    if forward_of(module.act) is not nn.Identity.forward:
+        raise refused(module.act, f'{path}.act', 'must be an Identity')
     return _folded_conv_norm(module, f'{path}.')
 
 
-def _folded_conv_norm(module: ConvNorm, prefix: str) -> _Convolution:
-    conv = _values(module.conv, f'{prefix}conv')
-    scale, shift = _affine(module.bn, f'{prefix}bn', len(conv.weight), conv.weight.device)
-    return conv._replace(
-        weight=conv.weight * scale.reshape(-1, 1, 1, 1), bias=shift if conv.bias is None else conv.bias * scale + shift)
-
-
-def _affine(
-        norm: Any,
-        path: str,
-        channels: int,
-        device: Optional[torch.device] = None,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift, (C,) each, that a BatchNorm applies in evaluation mode, in the merging precision."""
-    if _forward_of(norm) is nn.Identity.forward:
-        return _exact(torch.ones(channels, device=device)), _exact(torch.zeros(channels, device=device))
-    if _forward_of(norm) not in _NORM_FORWARDS + _FROZEN_NORM_FORWARDS:
-        raise _refused(norm, path, 'must be a BatchNorm2d or an Identity')
-    for name in ('drop', 'act'):
-        part = getattr(norm, name, None)
-        if part is not None and _forward_of(part) is not nn.Identity.forward:
-            raise _refused(part, f'{path}.{name}', 'must be an Identity')
-    if norm.running_var is None:
-        raise _refused(norm, path, 'must have running statistics')
-    if _forward_of(norm) in _NORM_FORWARDS:
-        check_mode(norm, path)
-    scale = (_exact(norm.running_var) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * _exact(norm.weight)
-    shift = -_exact(norm.running_mean) * scale
-    return scale, shift if norm.bias is None else shift + _exact(norm.bias)
-
-
-def _absorb(module: nn.Module, act: nn.Module) -> nn.Module:
-    """Let a `MergedConv2d` compute `act` if it can; returns the activation that is left to do."""
-    activation = None
-    if _forward_of(act) is nn.ReLU.forward:
-        activation = 'relu'
-    elif isinstance(act, nn.GELU) and _forward_of(act) is nn.GELU.forward and act.approximate == 'none':
-        activation = 'gelu'
-    if activation is None or not isinstance(module, MergedConv2d) or module.activation != 'none':
-        return deepcopy(act)
-    module.activation = activation
-    return nn.Identity().eval()
-
-
-def _exact(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.float32 if x.device.type == 'mps' else torch.float64)
+def _folded_conv_norm(module: ConvNorm, prefix: str) -> Convolution:
+    return folding.with_norm(folding.values(module.conv, f'{prefix}conv'), module.bn, f'{prefix}bn')

@@ -1,6 +1,6 @@
 """What layers and blocks merge into, and the rules of merging.
 
-Shapes: B batch, C channels, H and W height and width.
+Shapes: B batch, C channels, H and W height and width, L length, K kernel size.
 """
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -8,13 +8,21 @@ from typing import Any, Generator, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from .ops import ACTIVATIONS, PackedWeight, conv2d_in_steps, fused_conv2d
+from .ops import (
+    ACTIVATIONS,
+    PackedKernel,
+    PackedWeight,
+    causal_conv1d,
+    conv2d_in_steps,
+    fused_conv2d,
+    large_conv2d,
+)
 
 __all__ = [
-    'MergeError', 'MergedBlock', 'MergedConv2d',
-    'MergedNorm', 'check_mode', 'merge', 'merge_parts', 'merging_in_training_mode',
-    'prepack']
+    'MergeError', 'MergedBlock', 'MergedConv1d', 'MergedConv2d', 'MergedLargeConv2d', 'MergedNorm', 'check_mode',
+    'conv1d', 'merge', 'merge_parts', 'merging_in_training_mode', 'prepack']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 _training_is_allowed: ContextVar[bool] = ContextVar('_training_is_allowed', default=False)
@@ -138,9 +146,7 @@ class MergedConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's convolutions."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        _reset(self)
 
     def forward(self, x: torch.Tensor, residual: Optional[torch.Tensor] = None) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -153,6 +159,118 @@ class MergedConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, activation={self.activation}'
+
+
+class MergedLargeConv2d(nn.Conv2d):
+    """A convolution over all channels with an odd kernel that keeps the size, fast for kernels as large as the map.
+
+    (B, C, H, W) → (B, out_channels, H, W).
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: _int_or_pair,
+            bias: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype)
+        self.padding = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
+        self.packed = cast(Optional[PackedKernel], None)
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to the start values of the unmerged network's small convolutions."""
+        _reset(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return large_conv2d(x, self.weight, self.bias)
+        return large_conv2d(x, self.weight, self.bias, packed=self.packed)
+
+
+def conv1d(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        causal: bool = False,
+        packed: Optional[PackedKernel] = None,
+) -> torch.Tensor:
+    """`F.conv1d`, by `causal_conv1d` where it keeps the length.
+
+    Args:
+        x: (B, C, L).
+        weight: (O, C / groups, K).
+        bias: (O,).
+        stride: Of `F.conv1d`.
+        padding: Of `F.conv1d`; ignored if `causal`.
+        groups: Of `F.conv1d`.
+        causal: Pad K - 1 zeros in front, and none behind.
+        packed: See `causal_conv1d`.
+
+    Returns:
+        (B, O, L').
+    """
+    k = weight.shape[2]
+    same = stride == 1 and padding == k // 2 and k % 2 == 1
+    if torch.jit.is_scripting() or not (same or (causal and stride == 1)):
+        if causal:
+            x, padding = F.pad(x, [k - 1, 0]), 0
+        return F.conv1d(x, weight, bias, [stride], [padding], groups=groups)
+    if causal:
+        return causal_conv1d(x, weight, bias, groups, packed=packed)
+    return causal_conv1d(F.pad(x, [0, k // 2]), weight, bias, groups, packed=packed)[..., k // 2:]
+
+
+class MergedConv1d(nn.Conv1d):
+    """A convolution with zero padding on both sides or, if causal, in front; fast for kernels as long as the input.
+
+    (B, C, L) → (B, out_channels, L').
+    """
+    stride: Tuple[int]
+    padding: Tuple[int]
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int,
+            stride: int = 1,
+            padding: int = 0,
+            groups: int = 1,
+            bias: bool = True,
+            causal: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, 1, groups, bias, device=device, dtype=dtype)
+        self.causal = causal
+        self.packed = cast(Optional[PackedKernel], None)
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to the start values of the unmerged network's small convolutions."""
+        _reset(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return conv1d(
+                x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal)
+        return conv1d(
+            x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal, self.packed)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, causal={self.causal}'
+
+
+def _reset(conv: Union[nn.Conv1d, nn.Conv2d]) -> None:
+    nn.init.trunc_normal_(conv.weight, std=0.02)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
 
 
 class MergedNorm(nn.Module):
@@ -200,13 +318,14 @@ class MergedBlock(nn.Module):
 
 
 def prepack(model: nn.Module) -> nn.Module:
-    """Freeze a merged model and let it cache its weights in oneDNN's format, on a CPU with AVX-512.
+    """Freeze a merged model and let it cache what its convolutions derive from their weights.
 
-    Without prepacking, oneDNN converts the weights in every forward pass. A cached copy is made in the first pass
-    without gradients, and again when the size of the input or the weights change. Changes that PyTorch does not count
-    (in place through `.data` or NumPy, or by another process) go unnoticed: prepack again. The copies take as much
-    memory as the weights. Weights that require gradients again are not cached, and nothing is where `fused_conv2d`
-    does not compute in one pass.
+    The weights in oneDNN's format, on a CPU with AVX-512, and the transforms of kernels as large as the input where the
+    convolution is computed by FFT. Without prepacking they are derived again in every forward pass. A cached copy is
+    made in the first pass without gradients, and again when the size of the input or the weights change. Changes that
+    PyTorch does not count (in place through `.data` or NumPy, or by another process) go unnoticed: prepack again. The
+    copies take as much memory as the weights, or several times as much for transforms. Weights that require gradients
+    again are not cached, and weights in oneDNN's format are not where `fused_conv2d` does not compute in one pass.
 
     Args:
         model: Merged by `timm.utils.reparameterize_model`, or holding such models. It is changed in place.
@@ -222,11 +341,14 @@ def prepack(model: nn.Module) -> nn.Module:
         >>> model = timm.create_model('smpconv_mobile31', inference_mode=True, device='meta').eval()
         >>> model = timm_smpconv.prepack(model)
     """
-    convolutions = [m for m in model.modules() if isinstance(m, MergedConv2d)]
-    if not convolutions:
+    found = False
+    for module in model.modules():
+        if isinstance(module, MergedConv2d):
+            module.packed, found = PackedWeight(), True
+        elif isinstance(module, (MergedConv1d, MergedLargeConv2d)):
+            module.packed, found = PackedKernel(), True
+    if not found:
         raise ValueError(
-            f'model must be merged (timm.utils.reparameterize_model), got {type(model).__name__} without a '
-            'MergedConv2d')
-    for conv in convolutions:
-        conv.packed = PackedWeight()
+            f'model must be merged (timm.utils.reparameterize_model), got {type(model).__name__} without a merged '
+            'convolution')
     return model.requires_grad_(False)

@@ -45,7 +45,7 @@ def smp_param_groups(
 
     Example:
         >>> from timm_smpconv import SMPConv2d
-        >>> for group in smp_param_groups(SMPConv2d(8, 8, 31)):
+        >>> for group in smp_param_groups(SMPConv2d(8, 8, 31, groups=8)):
         ...     print([tuple(p.shape) for p in group.pop('params')], group)
         [(8,), (1, 8, 240)] {}
         [(1, 240, 2)] {'weight_decay': 0.0}
@@ -88,7 +88,7 @@ def add_point_rules(
 
     Example:
         >>> from timm_smpconv import SMPConv2d
-        >>> layer = SMPConv2d(8, 8, 31)
+        >>> layer = SMPConv2d(8, 8, 31, groups=8)
         >>> optimizer = add_point_rules(torch.optim.SGD(layer.parameters(), lr=1e6), layer)
         >>> layer(torch.randn(1, 8, 32, 32)).square().sum().backward()
         >>> optimizer.step()
@@ -206,7 +206,7 @@ class SMPAdam(torch.optim.Adam):
 
     Example:
         >>> from timm_smpconv import SMPConv2d
-        >>> optimizer = SMPAdam(SMPConv2d(8, 8, 31), lr=1e-3, weight_decay=1e-5)
+        >>> optimizer = SMPAdam(SMPConv2d(8, 8, 31, groups=8), lr=1e-3, weight_decay=1e-5)
         >>> [(group['lr'], group['weight_decay']) for group in optimizer.param_groups]
         [(0.001, 1e-05), (0.001, 0.0), (0.001, 0.0)]
     """
@@ -233,7 +233,7 @@ class SMPAdamW(SMPAdam, torch.optim.AdamW):
 
     Example:
         >>> from timm_smpconv import SMPConv2d
-        >>> optimizer = SMPAdamW(SMPConv2d(8, 8, 31), lr=1e-3, weight_decay=0.05)
+        >>> optimizer = SMPAdamW(SMPConv2d(8, 8, 31, groups=8), lr=1e-3, weight_decay=0.05)
     """
 
 

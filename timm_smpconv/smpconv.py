@@ -10,17 +10,15 @@ Shapes: B batch, C channels, H and W height and width.
 """
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union, cast
+from typing import Any, Dict, Iterable, List, Optional, Sequence, cast
 
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import FeatureListNet, build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
-from .checkpoint import CheckedLoading, check_before_loading, checkpoint_filter_fn
-from .compat import feature_take_indices
-from .kernel import SMPKernel
+from .base import SMPNet, Stem, checkpoint_blocks, create_model, model_cfg
+from .checkpoint import check_before_loading
 from .layers import (
     ConvNorm,
     DepthwiseConv2d,
@@ -30,9 +28,8 @@ from .layers import (
     merged_block,
     odd_sizes,
 )
-from .merged import MergedBlock, MergedConv2d, merge, merge_parts
-from .ops import requested_backend, use_backend
-from .pretrained import hub_id, prepare_pretrained
+from .merged import MergedBlock, MergedConv2d, merge_parts
+from .pretrained import hub_id
 
 __all__ = ['SMPConvNet']
 
@@ -126,7 +123,7 @@ class FeedForward(nn.Module):
         )
 
 
-class SMPStem(nn.ModuleList):
+class SMPStem(Stem, nn.ModuleList):
     """The check of the network's input, and layers that follow each other."""
 
     def __init__(self, in_chans: int, layers: Iterable[nn.Module], merged: bool = False):
@@ -139,14 +136,6 @@ class SMPStem(nn.ModuleList):
         for layer in self:
             x = layer(x)
         return x
-
-    def fuse(self) -> 'SMPStem':
-        if self.merged:
-            return self
-        layers = [merge(m, f'stem.{i}') if hasattr(m, 'fuse') else m for i, m in enumerate(self)]
-        merged = SMPStem(self.in_chans, layers, merged=True)
-        merged.training = self.training
-        return merged
 
 
 class SMPStage(nn.Module):
@@ -197,34 +186,11 @@ class SMPStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            backend = requested_backend()
-            if backend is None:
-                return checkpoint_seq(self.blocks, x)
-            # The backward pass computes the blocks again, on GPUs in another thread.
-            return checkpoint_seq([partial(_compute_by, backend, block) for block in self.blocks], x)
+            return checkpoint_blocks(self.blocks, x)
         return self.blocks(x)
 
 
-def _compute_by(backend: str, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with use_backend(backend):
-        return block(x)
-
-
-class _MergesAtOnce(nn.Module):
-    """A network that timm's tool merges as a whole, or not at all.
-
-    The tool replaces the children one by one, the stem first, and does not call the network's own `reparameterize`. The
-    other parts merge when the stem is replaced by a merged one, so that one that cannot be merged leaves the whole
-    network unmerged. With a stem of another class each stage merges as a whole.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, SMPStem) and value.merged:
-            merge_parts(self, skip='stem')
-        super().__setattr__(name, value)
-
-
-class SMPConvNet(_MergesAtOnce, CheckedLoading):
+class SMPConvNet(SMPNet):
     """(B, in_chans, H, W) with H, W at least 32 → (B, num_classes).
 
     Args:
@@ -248,7 +214,7 @@ class SMPConvNet(_MergesAtOnce, CheckedLoading):
         >>> net.eval()(torch.randn(1, 3, 64, 96)).shape
         torch.Size([1, 10])
     """
-    pretrained_cfg: Dict[str, Any]  # set by timm's builder
+    input_weights = ('stem.0.conv.weight',)
 
     def __init__(
             self,
@@ -308,20 +274,6 @@ class SMPConvNet(_MergesAtOnce, CheckedLoading):
         if not inference_mode:
             self.apply(_init_weights)
 
-    def reparameterize(self) -> None:
-        """Merge all parts in place, or none."""
-        if isinstance(self.stem, SMPStem):
-            self.stem = self.stem.fuse()  # and with it the others
-        else:
-            merge_parts(self)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Names of the positions and radii. The points' weights do decay."""
-        return {
-            f'{name}.{which}' for name, module in self.named_modules() if isinstance(module, SMPKernel)
-            for which in ('coords', 'radius')}
-
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         return dict(
@@ -338,81 +290,9 @@ class SMPConvNet(_MergesAtOnce, CheckedLoading):
         for stage in cast('Iterable[SMPStage]', self.stages):
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier (none for 0), and the pooling if given ('' for none)."""
-        like = next(self.stem.parameters())
-        self.head.reset(num_classes, global_pool, device=like.device, dtype=like.dtype)
-        self.num_classes = num_classes
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """The outputs of the stages.
-
-        Args:
-            x: (B, C, H, W).
-            indices: An integer n for the last n stages, None for all, or the stages' numbers.
-            norm: Apply the head's norm to the last stage's output.
-            stop_early: Skip the stages after the last one in `indices`.
-            output_fmt: Must be 'NCHW'.
-            intermediates_only: Return only the list.
-
-        Returns:
-            The output of the last stage that ran, and the list of intermediates.
-        """
-        if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index + 1]
-        x = self.stem(x)
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(self.head.norm(x) if norm and i == len(self.stages) - 1 else x)
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        """Remove the stages after the last one in `indices`, and the head's norm and classifier if asked."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[:max_index + 1]
-        if prune_norm:
-            self.head.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, '')
-        return take_indices
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) → (B, num_features, H / 32, W / 32), before the head's norm."""
         return self.stages(self.stem(x))
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-class SMPFeatureListNet(_MergesAtOnce, CheckedLoading, FeatureListNet):
-    """The default wrapper of a features_only model."""
 
 
 def _conv_norm_relu(
@@ -450,36 +330,14 @@ def _check_stages(**per_stage: Sequence[int]) -> None:
             raise ValueError(f'{name} must be four integers, one for each stage, all at least 1, got {values}')
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0.conv', 'classifier': 'head.fc',
-        'license': 'mit', 'paper_ids': 'arXiv:2304.02330',
-        'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
-        'origin_url': 'https://github.com/sangnekim/SMPConv',
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs({
-    name: _cfg(hf_hub_id=hub_id(name))
+    name: model_cfg(hf_hub_id=hub_id(name))
     for name in ('smpconv_tiny.in1k', 'smpconv_base.in1k', 'smpconv_mobile31.in1k', 'smpconv_mobile51.in1k')
 })
 
 
 def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
-    if pretrained:
-        kwargs = prepare_pretrained(variant, kwargs)
-    model = build_model_with_cfg(
-        SMPConvNet, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True, feature_cls=SMPFeatureListNet),
-        **kwargs,
-    )
-    model.pretrained_cfg.pop('state_dict', None)
-    return model
+    return create_model(SMPConvNet, variant, pretrained, (0, 1, 2, 3), **kwargs)
 
 
 @register_model

@@ -1,0 +1,266 @@
+"""The sequence networks: temporal convolutional networks whose causal kernels are as long as the sequence.
+
+Sources: the paper's appendix 1.1 and Table 1, and `smp/models/cktcn.py` and the commands in `smp/README.md` of the
+authors' code (MIT), https://github.com/sangnekim/SMPConv. Written anew for timm.
+
+Shapes: B batch, C channels, L length, H and W height and width of an image that is read row by row, L = H * W.
+"""
+from functools import partial
+from typing import Any, Dict, Optional, Tuple
+
+import numpy as np
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.models import generate_default_cfgs, register_model
+
+from .base import SMPNet, Stem, checkpoint_blocks, create_model, model_cfg
+from .checkpoint import check_before_loading
+from .layers import ClassifierHead, RepSMPConv1d, SelectSequencePool, check_sequences
+from .merged import MergedConv1d
+from .pretrained import hub_id
+
+__all__ = ['SMPTCN']
+
+torch.fx.wrap('check_sequences')  # FX wraps a function in one module at a time
+
+
+@torch.fx.wrap
+def read_rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) → (B, C, H * W); other shapes as they are."""
+    return x.flatten(2) if x.ndim == 4 else x
+
+
+class SequenceStem(Stem):
+    """The check of the network's input, its permutation, and dropout; (B, in_chans, L or H, W) → (B, in_chans, L).
+
+    Attributes:
+        permutation: (seq_len,): sample n of the result is sample `permutation[n]` of the input.
+    """
+    permutation: Optional[torch.Tensor]
+
+    def __init__(
+            self,
+            in_chans: int,
+            seq_len: int,
+            permuted: bool,
+            input_drop_rate: float,
+            merged: bool,
+            device=None,
+    ):
+        super().__init__()
+        self.in_chans = in_chans
+        self.seq_len = seq_len
+        self.merged = merged
+        permutation = None
+        if permuted:  # the authors' for 784: the first draw after `np.random.seed(0)`
+            permutation = torch.from_numpy(np.random.RandomState(0).permutation(seq_len)).long().to(device)
+        self.register_buffer('permutation', permutation)
+        self.drop = nn.Dropout(input_drop_rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = read_rows(x)
+        check_sequences(x, self.in_chans, self.seq_len, self.permutation is not None)
+        permutation = self.permutation
+        if permutation is not None:
+            x = x[..., permutation]
+        return self.drop(x)
+
+
+class TCNBlock(nn.Module):
+    """`relu(drop(relu(conv2(drop(relu(conv1(x)))))) + shortcut(x))`, (B, in_dim, L) → (B, dim, L)."""
+
+    def __init__(self, conv1: nn.Module, conv2: nn.Module, shortcut: nn.Module, drop_rate: float):
+        super().__init__()
+        self.conv1 = conv1
+        self.act1 = nn.ReLU(inplace=True)
+        self.drop1 = nn.Dropout(drop_rate)
+        self.conv2 = conv2
+        self.act2 = nn.ReLU(inplace=True)
+        self.drop2 = nn.Dropout(drop_rate)
+        self.shortcut = shortcut
+        self.act3 = nn.ReLU(inplace=True)
+        self.register_load_state_dict_pre_hook(check_before_loading)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.drop1(self.act1(self.conv1(x)))
+        y = self.drop2(self.act2(self.conv2(y)))
+        return self.act3(y + self.shortcut(x))
+
+
+class SMPTCN(SMPNet):
+    """(B, in_chans, L) → (B, num_classes); images (B, in_chans, H, W) are read row by row.
+
+    Sequences may be shorter than the kernels, whose last entry multiplies the current sample; entries for samples
+    before the first multiply padding.
+
+    Args:
+        seq_len: The longest sequence.
+        global_pool: 'last' for the features of the last sample, 'avg' or 'max'; '' for those of all samples.
+        depth: Blocks, each of two convolutions.
+        dim: Channels of the blocks.
+        kernel_size: Length of the kernels, at least 2; seq_len by default.
+        small_kernel: Length of the kernels beside them.
+        points: Points of each output channel's kernels.
+        conv_bias: Learn a bias in the SMP convolutions.
+        radius: Initial radius of the points, 2 / K by default (appendix, 1.1).
+        radius_range: Smallest and largest radius. The authors' code has (1e-4, 1), the appendix (1e-4, 0.1).
+        drop_rate: Dropout within the blocks.
+        input_drop_rate: Dropout of the input.
+        permuted: Permute the samples of sequences of exactly seq_len samples by a fixed permutation, in the state dict
+            as `stem.permutation`.
+        inference_mode: Build the merged architecture, into which a merged checkpoint loads.
+
+    Raises:
+        ValueError: An argument breaks the rules above.
+
+    Example:
+        >>> import torch
+        >>> net = SMPTCN(in_chans=3, num_classes=4, seq_len=100, depth=2)
+        >>> net.eval()(torch.randn(1, 3, 100)).shape
+        torch.Size([1, 4])
+    """
+    levels = 'blocks'
+    input_weights = (
+        'blocks.0.conv1.large.conv.kernel.weight', 'blocks.0.conv1.small.conv.weight', 'blocks.0.conv1.weight',
+        'blocks.0.shortcut.weight')
+    output_fmt = 'NCL'
+
+    def __init__(
+            self,
+            in_chans: int = 1,
+            num_classes: int = 10,
+            seq_len: int = 784,
+            global_pool: str = 'last',
+            depth: int = 6,
+            dim: int = 30,
+            kernel_size: Optional[int] = None,
+            small_kernel: int = 5,
+            points: int = 30,
+            conv_bias: bool = False,
+            radius: Optional[float] = None,
+            radius_range: Tuple[float, float] = (1e-4, 1.),
+            drop_rate: float = 0.,
+            input_drop_rate: float = 0.,
+            permuted: bool = False,
+            inference_mode: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        for name, value in (('in_chans', in_chans), ('seq_len', seq_len), ('depth', depth), ('dim', dim)):
+            if value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value}')
+        length = seq_len if kernel_size is None else kernel_size
+        if not 2 <= length <= seq_len:
+            raise ValueError(
+                f'kernel_size must be at least 2 and at most seq_len = {seq_len}, which is its default, got {length}')
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.seq_len = seq_len
+        self.drop_rate = drop_rate
+        self.num_features = dim
+        self.grad_checkpointing = False
+
+        def conv(in_dim: int) -> nn.Module:
+            if inference_mode:
+                return MergedConv1d(in_dim, dim, length, causal=True, **dd)
+            return RepSMPConv1d(
+                in_dim, dim, length, small_kernel, conv_bias, points=points, radius=radius, radius_range=radius_range,
+                **dd)
+
+        self.stem = SequenceStem(in_chans, seq_len, permuted, input_drop_rate, inference_mode, device)
+        self.blocks = nn.Sequential(*[
+            TCNBlock(
+                conv(in_dim), conv(dim), nn.Identity() if in_dim == dim else nn.Conv1d(in_dim, dim, 1, **dd),
+                drop_rate)
+            for in_dim in (in_chans, *[dim] * (depth - 1))
+        ])
+        self.feature_info = [dict(num_chs=dim, reduction=1, module=f'blocks.{i}') for i in range(depth)]
+        self.head = ClassifierHead(
+            dim, num_classes, global_pool, select_pool=SelectSequencePool,
+            init_weight=partial(nn.init.normal_, std=0.01), **dd)
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(stem=r'^stem', blocks=r'^blocks\.(\d+)')
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, L) or (B, in_chans, H, W) → (B, num_features, L)."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_blocks(self.blocks, x)
+        return self.blocks(x)
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return model_cfg(**{
+        'num_classes': 10, 'pool_size': None, 'crop_pct': 1., 'interpolation': 'bilinear', 'first_conv': (), **kwargs})
+
+
+_mnist: Dict[str, Any] = dict(input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,))
+
+# A sequence counts as an image of one row. Series are normalized by their data set, see sequences/.
+default_cfgs = generate_default_cfgs({
+    name: _cfg(hf_hub_id=hub_id(name), **cfg) for name, cfg in {
+        'smpconv_tcn_smnist.mnist': _mnist,
+        'smpconv_tcn_pmnist.mnist': _mnist,
+        'smpconv_tcn_scifar10.cifar10': dict(input_size=(3, 32, 32)),
+        'smpconv_tcn_ct.character_trajectories': dict(
+            input_size=(3, 1, 182), num_classes=20, mean=(0.,) * 3, std=(1.,) * 3),
+        'smpconv_tcn_sc.speech_commands': dict(input_size=(20, 1, 161), mean=(0.,) * 20, std=(1.,) * 20),
+        'smpconv_tcn_scraw.speech_commands': dict(input_size=(1, 1, 16000), mean=(0.,), std=(1.,)),
+    }.items()
+})
+
+
+def _create_smp_tcn(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPTCN:
+    return create_model(SMPTCN, variant, pretrained, range(kwargs.get('depth', 6)), **kwargs)
+
+
+@register_model
+def smpconv_tcn_smnist(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
+    """Sequential MNIST, one pixel at a time: 99.75 % as published."""
+    model_args = dict(in_chans=1, seq_len=784, radius=0.002, input_drop_rate=0.1)
+    return _create_smp_tcn('smpconv_tcn_smnist', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_tcn_pmnist(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
+    """Permuted sequential MNIST: 99.10 % as published."""
+    model_args = dict(in_chans=1, seq_len=784, radius=0.002, input_drop_rate=0.1, permuted=True)
+    return _create_smp_tcn('smpconv_tcn_pmnist', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_tcn_scifar10(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
+    """Sequential CIFAR-10: 84.86 % as published."""
+    model_args = dict(in_chans=3, seq_len=1024, radius=0.002, conv_bias=True)
+    return _create_smp_tcn('smpconv_tcn_scifar10', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_tcn_ct(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
+    """Character Trajectories: 99.53 % as published."""
+    model_args = dict(in_chans=3, num_classes=20, seq_len=182, radius=0.012, conv_bias=True)
+    return _create_smp_tcn('smpconv_tcn_ct', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_tcn_sc(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
+    """Speech Commands as MFCC: 97.71 % as published."""
+    model_args = dict(in_chans=20, seq_len=161, radius=0.012, conv_bias=True, drop_rate=0.2)
+    return _create_smp_tcn('smpconv_tcn_sc', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_tcn_scraw(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
+    """Speech Commands as raw samples: 94.95 % as published."""
+    model_args = dict(in_chans=1, seq_len=16000, radius=0.0002, drop_rate=0.1)
+    return _create_smp_tcn('smpconv_tcn_scraw', pretrained, **dict(model_args, **kwargs))
