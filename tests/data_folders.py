@@ -30,8 +30,7 @@ def write_cifar10(folder, train=20, test=10):
     batches = folder / 'cifar-10-batches-py'
     batches.mkdir(parents=True)
     rng, parts = np.random.default_rng(0), []
-    names = [f'data_batch_{number}' for number in range(1, 6)]
-    for names, count in ((names, train), (['test_batch'], test)):
+    for names, count in (([f'data_batch_{number}' for number in range(1, 6)], train), (['test_batch'], test)):
         images = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         labels = [index % 10 for index in range(count)]
         size = count // len(names)

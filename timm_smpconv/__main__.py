@@ -28,7 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument('--out', type=Path, default=Path('smpconv-demo'), help='folder for checkpoints and picture')
     demo.set_defaults(run=_demo)
 
-    recipe = commands.add_parser('recipe', help="print the path of a recipe for timm's train.py -c")
+    recipe = commands.add_parser(
+        'recipe', help="print the path of a recipe for timm's train.py -c or for sequence fit --config")
     recipe.add_argument('name', nargs='?', metavar='NAME', help='without it, the names of all recipes are listed')
     recipe.set_defaults(run=_recipe)
 

@@ -4,6 +4,7 @@ Nothing is downloaded. Sources: `smp/datasets` and `smp/dataset_constructor.py` 
 
 N series, C channels, L samples in time.
 """
+import gzip
 import logging
 import warnings
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ from sktime.datasets import load_from_tsfile
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchaudio.transforms import MFCC
 from torchvision.datasets import CIFAR10, MNIST
-from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import (
     Compose,
     Normalize,
@@ -126,7 +126,7 @@ class SequentialMNIST(SequenceData):
         with self._explaining():
             for file in (self.data_dir / 'MNIST' / 'raw').glob('*-ubyte.gz'):
                 if not file.with_suffix('').exists():
-                    extract_archive(str(file), str(file.parent))
+                    file.with_suffix('').write_bytes(gzip.decompress(file.read_bytes()))
 
     def read(self) -> Dict[str, Dataset]:
         to_tensor = [ToTensor(), Normalize((0.1307,), (0.3081,))]
