@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from reference import RandomWeights
 from torch.utils.checkpoint import checkpoint
 
-_SEQUENCE = dict(in_chans=1, num_classes=10, widths=(30,) * 6, points=30, small=5, spread=0.2, bias=False)
+_SEQUENCE = dict(in_chans=1, num_classes=10, widths=(30,) * 6, points=30, small=5, bias=False, spread=0.2, gain=1)
 
+# Radii at the start of a training; `spread` of the coordinates and `gain` of the weights are of random state dicts.
 CONFIGS: Dict[str, Dict[str, Any]] = {
     'smpconv_tcn_smnist': dict(_SEQUENCE, size=(784,), radius=0.002),
     'smpconv_tcn_pmnist': dict(_SEQUENCE, size=(784,), radius=0.002),
@@ -23,8 +24,8 @@ CONFIGS: Dict[str, Dict[str, Any]] = {
     'smpconv_tcn_sc': dict(_SEQUENCE, size=(161,), radius=0.012, in_chans=20, bias=True),
     'smpconv_tcn_scraw': dict(_SEQUENCE, size=(16000,), radius=0.0002),
     'smpconv_resnet_cifar10': dict(
-        in_chans=3, num_classes=10, widths=(24, 24, 36, 36, 36, 48, 48), points=16, small=3, spread=0.3, bias=False,
-        size=(33, 33), radius=0.12),
+        in_chans=3, num_classes=10, widths=(24, 24, 36, 36, 36, 48, 48), points=16, small=3, bias=False,
+        spread=0.3, gain=0.3, size=(33, 33), radius=0.12),
 }
 
 
@@ -94,7 +95,7 @@ def authors_state_dict(name, seed=0, dtype=torch.float32, **changes):
             coords[bad] = drawn.clamp(-1, 1).to(dtype)
             bad[bad.clone()] = on_edge(coords[bad], radius.flatten(1)[bad], size)
         reached = min(points * (2 * config['radius'] * size[0]) ** dims, size[0] ** dims)  # samples, about
-        draw.normal(f'{key}.Kernel.weights', out_chs, in_chs, points, std=(1 if dims == 1 else 0.3) * (in_chs * reached) ** -0.5)
+        draw.normal(f'{key}.Kernel.weights', out_chs, in_chs, points, std=config['gain'] * (in_chs * reached) ** -0.5)
         if bias:
             draw.normal(f'{key}.bias', out_chs, std=0.2)
         sd[f'{key}.train_length'] = torch.tensor([size[0]], dtype=torch.int32)
@@ -102,7 +103,8 @@ def authors_state_dict(name, seed=0, dtype=torch.float32, **changes):
     def pair(prefix, number, in_chs, out_chs, small_bias):
         smp(f'{prefix}cconv{number}', in_chs, out_chs, config['bias'])
         taps = (small,) * dims
-        draw.normal(f'{prefix}cconv{number}s.weight', out_chs, in_chs, *taps, std=0.5 * (in_chs * small ** dims) ** -0.5)
+        std = 0.5 * (in_chs * small ** dims) ** -0.5
+        draw.normal(f'{prefix}cconv{number}s.weight', out_chs, in_chs, *taps, std=std)
         if small_bias:
             draw.normal(f'{prefix}cconv{number}s.bias', out_chs, std=0.2)
         draw.norm(f'{prefix}norm{number}', out_chs)
