@@ -1,10 +1,11 @@
 """sources.yaml: reads it, and records in it without losing its comments. Also the files of a folder of weights."""
-import os
 import re
 from pathlib import Path
 from typing import Any, Dict
 
 import yaml
+
+from timm_smpconv.files import write_whole
 
 FILES = ('README.md', 'config.json', 'model.safetensors')  # of a folder that convert.py writes and publish.py uploads
 SOURCES = Path(__file__).parent / 'sources.yaml'
@@ -62,6 +63,4 @@ def record(path: Path, name: str, values: Dict[str, str]) -> None:
             at[match[1]] = i
     for key, value in values.items():
         lines[at[key]] = f'  {key}: {value}\n'
-    part = path.with_suffix(f'.{os.getpid()}.part')
-    part.write_text(''.join(lines), encoding='utf-8')
-    part.replace(path)
+    write_whole(path, ''.join(lines).encode())
