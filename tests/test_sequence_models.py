@@ -1,6 +1,5 @@
 """The CIFAR-10 and sequence networks as timm users meet them. Their numbers: test_authors_networks.py."""
 import copy
-import io
 
 import numpy as np
 import onnx
@@ -189,7 +188,7 @@ def test_a_checkpoint_of_another_task_is_refused_and_changes_nothing(model):
 @pytest.mark.parametrize('value', [[0, 0, 2], [1, 2, 3], [0, -1, 1], [0., .5, 2.]])
 def test_what_is_no_permutation_is_refused(value):
     model = small('smpconv_tcn_pmnist', seq_len=3, small_kernel=2)
-    with pytest.raises(CheckpointError, match='stem.permutation must hold every number from 0 to 2 once, got none'):
+    with pytest.raises(CheckpointError, match=r'stem.permutation must hold every number from 0 to 2 once, got none'):
         model.load_state_dict({**model.state_dict(), 'stem.permutation': torch.tensor(value)})
 
 
@@ -201,9 +200,9 @@ def test_other_input_channels_by_timms_rule(tmp_path):
         gray = timm.create_model(name, **{**args, 'in_chans': 1}).eval()
         x = inputs(name)[:, :1]
         assert difference(gray(x), model(x.expand(-1, 3, -1, -1))) < TOLERANCE[torch.float32]
+        torch.save(gray.state_dict(), tmp_path / 'gray.pth')
+        args['pretrained_cfg_overlay'] = dict(file=tmp_path / 'gray.pth')
         with pytest.raises(CheckpointError, match=r'must have the shapes of the model, got .* instead of'):
-            torch.save(gray.state_dict(), tmp_path / 'gray.pth')
-            args['pretrained_cfg_overlay'] = dict(file=tmp_path / 'gray.pth')
             timm.create_model(name, **{**args, 'in_chans': 4})
 
 
