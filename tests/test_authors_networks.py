@@ -14,10 +14,6 @@ from timm.utils import reparameterize_model
 
 from timm_smpconv import CheckpointError
 
-PARAMETERS = {  # of the networks that the authors' code builds
-    'smpconv_tcn_smnist': 370_960, 'smpconv_tcn_pmnist': 370_960, 'smpconv_tcn_scifar10': 373_480,
-    'smpconv_tcn_ct': 373_790, 'smpconv_tcn_sc': 391_840, 'smpconv_tcn_scraw': 370_960,
-    'smpconv_resnet_cifar10': 489_646}
 IMAGES = 'smpconv_resnet_cifar10'
 BEFORE_A_NORM = ('cconv1.bias', 'cconv2.bias', 'cconv1s.bias')  # biases that have no effect in training
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -92,12 +88,6 @@ def test_the_oracle_convolves_in_frequencies_as_by_definition(causal, size, kern
 def test_the_permutation_of_pmnist():
     permutation = timm.create_model('smpconv_tcn_pmnist').stem.permutation
     assert permutation[:4].tolist() == [693, 85, 647, 392] and permutation.sort().values.tolist() == list(range(784))
-
-
-@pytest.mark.parametrize('name', CONFIGS)
-def test_parameters(name):
-    model = timm.create_model(name, device='meta')
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize('training', [False, True])

@@ -20,11 +20,12 @@ from unittest import mock
 import convert
 import publish
 import pytest
+import reference_smp
 import timm
 import torch
 import torch._inductor.config
 import yaml
-from conftest import IMAGENET_MODELS, difference
+from conftest import MODELS, difference
 from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
 from test_weights import unpublished
@@ -63,9 +64,10 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkpoint(run):
-    """The authors' checkpoint, in the folder in which the blocks run."""
+    """The authors' checkpoints, in the folder in which the blocks run."""
     state_dict = authors_state_dict('smpconv_tiny')
     torch.save({'state_dict_ema': state_dict}, 'SMPConv_T.pth')
+    torch.save({'model': reference_smp.authors_state_dict('smpconv_tcn_ct')}, 'ct.pt')
     return state_dict
 
 
@@ -104,6 +106,8 @@ def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
     for key, value in names['converted'].state_dict().items():
         for name in ('theirs', 'pretrained', 'by_address'):
             assert torch.equal(names[name].state_dict()[key], value), (name, key)
+    expected = reference_smp.logits(torch.load('ct.pt')['model'], 'smpconv_tcn_ct', names['series'])
+    assert difference(names['logits'], expected) < 1e-4
 
 
 @pytest.mark.slow
@@ -269,7 +273,7 @@ def test_links_lead_somewhere(page):
 
 def test_table_names_every_model_and_its_parameters():
     rows = dict(re.findall(r'\| `(smpconv_\w+)` \| [\d.]+ \| ([\d,]+) \|', README))
-    assert rows.keys() == set(IMAGENET_MODELS)
+    assert rows.keys() == set(MODELS)
     for name, parameters in rows.items():
         model = timm.create_model(name, device='meta')
         assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(',', ''))
