@@ -96,7 +96,7 @@ def test_sequences(run):
     assert torch.equal(names['model'].head.fc.weight, weights['head.fc.weight'])
 
 
-@pytest.mark.filterwarnings(r'ignore:\s*(By default only one Jsonargparse|.* was deprecated in v4\.49)')  # Lightning 2.6
+@pytest.mark.filterwarnings(r'ignore:\s*(By default only one Jsonargparse|.* was deprecated in v4\.49)')
 def test_commands_for_sequences_are_understood(capsys):
     recipe, count = '', 0
     for words in (words for page in PAGES for words in commands(page)):
