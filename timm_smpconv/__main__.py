@@ -1,17 +1,18 @@
 """The command line: `timm-smpconv` or `python -m timm_smpconv`."""
 import argparse
-import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Callable, List, Optional
 
 import timm
 
-from . import __version__
+from . import __version__, startup
 from .checkpoint import CheckpointError
+from .console import robust_output
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
+
+startup.finished()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,16 +79,16 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+@robust_output()
 def _recipe(args: argparse.Namespace) -> int:
     if args.name is None:
-        _print('\n'.join(recipe_names()))
+        print('\n'.join(recipe_names()))
         return 0
     try:
-        path = recipe_path(args.name)
+        print(recipe_path(args.name))
     except ValueError as error:
         print(f'timm-smpconv recipe: {error}', file=sys.stderr)
         return 2
-    _print(str(path))
     return 0
 
 
@@ -100,6 +101,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+@robust_output()
 def _digits(args: argparse.Namespace) -> int:
     try:
         from .digits import write_digits  # needs the extra `demo`
@@ -111,7 +113,7 @@ def _digits(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f'timm-smpconv digits: {error}', file=sys.stderr)
         return 1
-    _print(f'{len(images)} images in {args.folder}')
+    print(f'{len(images)} images in {args.folder}')
     return 0
 
 
@@ -130,35 +132,17 @@ def _sequence(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(text: str) -> None:
-    """Print a line that may hold a path, for whose characters standard output may have no encoding."""
-    with suppress(BrokenPipeError):  # raised here if standard output is unbuffered, else in _flush
-        try:
-            print(text)
-        except UnicodeEncodeError:
-            sys.stdout.buffer.write(os.fsencode(f'{text}\n'))
-
-
-def _flush() -> None:
-    """Flush standard output. If the reader of the pipe has left (`timm-smpconv recipe | head`), drop the rest."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     command = ''
     try:
-        args = _parser().parse_args(argv)
+        with robust_output():
+            args = _parser().parse_args(argv)
         command = f' {args.command}'
         return args.run(args)
     except KeyboardInterrupt as error:
         details = f', {error}' if str(error) else ''
         print(f'\ntimm-smpconv{command}: interrupted{details}', file=sys.stderr)
         return 130
-    finally:
-        _flush()
 
 
 if __name__ == '__main__':
