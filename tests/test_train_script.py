@@ -115,6 +115,8 @@ def images(folder):
 
 def test_our_recipes_hold_options_of_train_py_only(scripts):
     for name in recipe_names():
+        if name.startswith('smpconv_tcn_'):  # for Lightning
+            continue
         with pytest.raises(SystemExit, match='0'):
             run_script(scripts / 'train.py', ['-c', str(recipe_path(name)), '--help'])  # which reads the recipe first
 

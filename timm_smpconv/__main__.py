@@ -7,6 +7,7 @@ from typing import Callable, List, Optional
 import timm
 
 from . import __version__, startup
+from .checkpoint import CheckpointError
 from .console import robust_output
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
@@ -31,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
         help='folder for checkpoints and picture, by default %(default)s')
     demo.set_defaults(run=_demo)
 
-    recipe = commands.add_parser('recipe', help="print the path of a recipe for timm's train.py -c")
+    recipe = commands.add_parser(
+        'recipe', help="print the path of a recipe for timm's train.py -c or for sequence fit --config")
     recipe.add_argument('name', nargs='?', metavar='NAME', help='without it, the names of all recipes are listed')
     recipe.set_defaults(run=_recipe)
 
@@ -46,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     digits = commands.add_parser('digits', help='write real handwritten digits as folders of images')
     digits.add_argument('folder', type=Path, metavar='DIR', help='an empty folder or a new one')
     digits.set_defaults(run=_digits)
+
+    sequence = commands.add_parser(
+        'sequence', help='train, validate or test a sequence network with PyTorch Lightning', add_help=False,
+        prefix_chars='\0')  # all arguments, options too, are Lightning's
+    sequence.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS')
+    sequence.set_defaults(run=_sequence)
     return parser
 
 
@@ -109,6 +117,21 @@ def _digits(args: argparse.Namespace) -> int:
         print(f'timm-smpconv digits: {error}', file=sys.stderr)
         return 1
     print(f'{len(images)} images in {args.folder}')
+    return 0
+
+
+def _sequence(args: argparse.Namespace) -> int:
+    try:
+        from .sequences import DataError  # needs the extra `sequences`
+        from .sequences.cli import run
+    except ModuleNotFoundError as error:
+        print(f'timm-smpconv sequence: {error.name} is missing; it comes with the extra "sequences"', file=sys.stderr)
+        return 1
+    try:
+        run(args.args)
+    except (DataError, CheckpointError) as error:
+        print(f'timm-smpconv sequence: {error}', file=sys.stderr)
+        return 1
     return 0
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H and W height and width, K and L height and width 
 import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Callable, Generator, NamedTuple, Optional, Tuple
+from typing import Callable, Generator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -168,6 +168,38 @@ def _runnable(name: str, requested: Optional[str], x: torch.Tensor) -> Backend:
         raise ValueError(f'backend {name!r} was requested and cannot run: {reason}')
     _logger.debug('backend %s is skipped: %s', name, reason)
     return BACKENDS['native']
+
+
+def prefers_transform(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        before: Sequence[int],
+        groups: int,
+        keeps: bool,
+) -> bool:
+    """Whether a convolution over channels is cheaper by FFT than directly: output and gradients, by counting.
+
+    Args:
+        x: (B, I, *L).
+        weight: (O, I / groups, *K).
+        before: Zeros in front of x, for each dimension.
+        groups: Of the channels.
+        keeps: Whether the kernel's transform is there already.
+    """
+    batch, inputs = x.shape[:2]
+    outputs, kernel = weight.shape[0], weight[0, 0].numel()
+    pairs = outputs * weight.shape[1]
+    direct = batch * pairs * kernel * x[0, 0].numel()
+    frequencies = 1
+    for n, k, p in zip(x.shape[2:], weight.shape[2:], before):
+        frequencies *= n + max(p, k - 1 - p)
+    frequencies //= 2
+    transformed = frequencies * (batch * (inputs + outputs) + (0 if keeps else pairs))
+    products = frequencies * batch * pairs
+    if x.device.type == 'cpu':
+        return direct > 120 * transformed + 2.5 * products + 4e6 * groups
+    # No GPU has timed it: only where a direct convolution is hopeless. TODO
+    return direct > 10 * (60 * transformed + 4 * products)
 
 
 def margins(x: torch.Tensor, k: int, l: int) -> Tuple[int, int]:

@@ -2,26 +2,44 @@
 
 Shapes: B batch, I and O channels in and out, L length (1-D), H and W height and width, K (and L in 2-D) kernel size.
 """
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .choice import check_backend, requested_backend
-from .depthwise import check_exportable, is_exporting
+from . import private, spectra
+from .backends import fft
+from .choice import check_backend, memory_format, prefers_transform, requested_backend
+from .dense_derivatives import Conv
+from .depthwise import autocast, check_exportable, check_types, is_exporting
 
 __all__ = ['PackedKernel', 'causal_conv1d', 'large_conv2d']
 
 
 class PackedKernel:
-    """The transform of a kernel, for the last size of input; copied and pickled without it."""
+    """The transform of a kernel, for the last size of input; copied and pickled without it.
+
+    It takes 2 to 8 times the memory of the kernel.
+    """
 
     def __init__(self):
         self._kept = None
 
     def __getstate__(self) -> Dict[str, Any]:
         return {'_kept': None}
+
+    def of(self, weight: torch.Tensor, size: Sequence[int], before: Sequence[int]) -> Optional[spectra.Kernel]:
+        """The transform, made again if the weight or the size of the input changed; None if it cannot be kept."""
+        if not is_keepable(weight):
+            return None
+        made_for = (
+            weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, tuple(size), tuple(before))
+        kept = self._kept  # read once: threads may share it
+        if kept is None or kept[0] != made_for:
+            # Holding the weight, too, keeps its address from being reused.
+            kept = self._kept = made_for, spectra.transform(weight, size, before), weight.detach()
+        return kept[1]
 
 
 def causal_conv1d(
@@ -60,8 +78,7 @@ def causal_conv1d(
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if has_torch_function(inputs):
         return handle_torch_function(causal_conv1d, inputs, x, weight, bias, groups, backend, packed)
-    x, weight, bias, _ = _prepare('L', x, weight, bias, groups, backend)
-    return F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias, groups=groups)
+    return _convolve(x, weight, bias, groups, backend, packed, causal=True)
 
 
 def large_conv2d(
@@ -98,28 +115,123 @@ def large_conv2d(
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if has_torch_function(inputs):
         return handle_torch_function(large_conv2d, inputs, x, weight, bias, backend, packed)
-    x, weight, bias, _ = _prepare('H, W', x, weight, bias, 1, backend)
-    return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+    return _convolve(x, weight, bias, 1, backend, packed, causal=False)
 
 
-def _prepare(
-        size: str,
+def _convolve(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
         groups: int,
         backend: Optional[str],
-) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[str]]:
-    """Checked inputs in the dtype to compute in, and the requested backend."""
+        packed: Optional[PackedKernel],
+        causal: bool,
+) -> torch.Tensor:
+    """Causal in one dimension, or "same" in two."""
     if backend is None:
         backend = requested_backend()
     else:
         check_backend('backend', backend)
     if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (
-            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-            for t in (x, weight, bias))
+        x, weight, bias = autocast(x, dtype), autocast(weight, dtype), None if bias is None else autocast(bias, dtype)
+    if not torch.jit.is_tracing():
+        _check(x, weight, bias, groups, causal)
     if is_exporting():
         check_exportable(backend)
-    return x, weight, bias, backend
+        return _direct(x, weight, bias, _before(weight, causal), groups)
+    if backend is not None:
+        reason = _unsupported(backend, x, causal)
+        if reason is not None:
+            raise ValueError(f'backend {backend!r} was requested and cannot run: {reason}')
+    before = _before(weight, causal)
+    for d, (n, k, p) in enumerate(zip(x.shape[2:], weight.shape[2:], before)):
+        first, end = max(0, p - n + 1), min(k, p + n)  # the other taps meet nothing but padding
+        if end - first < k:
+            weight, before[d] = weight.narrow(d + 2, first, end - first), p - first
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    keeps = packed is not None and groups == 1 and not recorded and is_keepable(weight)
+    if backend is None:
+        transforms = fft.unsupported(x) is None and prefers_transform(x, weight, before, groups, keeps)
+        backend = 'fft' if transforms else 'native'
+    if backend != 'fft':
+        dtype, layout = x.dtype, {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+        if x.device.type == 'cpu':
+            working = torch.promote_types(dtype, torch.float32)
+            x, weight, bias = x.to(working), weight.to(working), None if bias is None else bias.to(working)
+        if backend == 'native':
+            return _direct(x, weight, bias, before, groups).to(dtype)
+        y = _direct(x.contiguous(memory_format=layout[backend]), weight, bias, before, groups)
+        return y.to(dtype).contiguous(memory_format=memory_format(x))
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (recorded or private.transforms_active() or private.forward_ad_active()):
+        y = Conv.apply(x, weight, before, groups, False)
+    elif compiling or private.dispatch_mode_active() or type(x) is not torch.Tensor:
+        y = torch.ops.timm_smpconv.fft_conv(x, weight, before, groups, False)
+    else:  # without the operator, which takes 0.15 ms
+        kernel = packed.of(weight, x.shape[2:], before) if packed is not None and keeps else None
+        y = spectra.conv(x, weight, before, groups, kernel)
+    if bias is not None:
+        y = y + bias.view(-1, *[1] * len(before))
+    return y if causal else y.contiguous(memory_format=memory_format(x))
+
+
+def _before(weight: torch.Tensor, causal: bool) -> List[int]:
+    """The zeros in front of the input, for each dimension."""
+    return [k - 1 if causal else k // 2 for k in weight.shape[2:]]
+
+
+def _direct(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        before: Sequence[int],
+        groups: int,
+) -> torch.Tensor:
+    """`F.conv1d` or `F.conv2d` of the size of x."""
+    if weight.ndim == 3:
+        return F.conv1d(F.pad(x, (before[0], 0)), weight, bias, groups=groups)
+    return F.conv2d(x, weight, bias, padding=before, groups=groups)
+
+
+def is_keepable(weight: torch.Tensor) -> bool:
+    """Whether every change of the weight counts as a new version: not with fused optimizers, nor in inference mode."""
+    return not weight.is_inference() and not weight.requires_grad
+
+
+def _unsupported(backend: str, x: torch.Tensor, causal: bool) -> Optional[str]:
+    """Why a backend cannot run."""
+    if backend == 'triton':
+        return 'there is no Triton program for convolutions over channels'
+    if causal and backend in ('contiguous', 'channels_last'):
+        return 'sequences have one memory format'
+    return fft.unsupported(x) if backend == 'fft' else None
+
+
+def _check(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        groups: int,
+        causal: bool,
+) -> None:
+    size, kernel_size = ('L', 'K') if causal else ('H, W', 'K, L')
+    if x.ndim != (3 if causal else 4):
+        raise ValueError(f'x must be (B, I, {size}), got shape {tuple(x.shape)}')
+    if 0 in x.shape[2:]:
+        raise ValueError(f'x must have {size} of at least 1, got shape {tuple(x.shape)}')
+    inputs = x.shape[1]
+    if groups < 1 or inputs % groups:
+        raise ValueError(f'groups must divide the {inputs} channels of x, got {groups}')
+    if weight.ndim != x.ndim or weight.shape[1] != inputs // groups or 0 in weight.shape:
+        name = 'I / groups' if causal else 'I'
+        raise ValueError(
+            f'weight must be (O, {name}, {kernel_size}) with {name} = {inputs // groups} as in x, got shape '
+            f'{tuple(weight.shape)}')
+    if weight.shape[0] % groups:
+        raise ValueError(f'groups must divide the {weight.shape[0]} channels of the output, got {groups}')
+    if not causal and any(k % 2 == 0 for k in weight.shape[2:]):
+        raise ValueError(f'weight must have odd K and L, got shape {tuple(weight.shape)}')
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f'bias must be (O,) = ({weight.shape[0]},), got shape {tuple(bias.shape)}')
+    check_types(x, weight, bias)

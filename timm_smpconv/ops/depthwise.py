@@ -66,10 +66,10 @@ def depthwise_conv2d(
     if device_type != 'meta' and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         rounds_weight = backend is not None and BACKENDS[backend].rounds_weight
-        x = _autocast(x, dtype)
+        x = autocast(x, dtype)
         if not rounds_weight:
-            weight = _autocast(weight, dtype)
-            bias = None if bias is None else _autocast(bias, dtype)
+            weight = autocast(weight, dtype)
+            bias = None if bias is None else autocast(bias, dtype)
     if not torch.jit.is_tracing():
         _check(x, weight, bias, rounds_weight)
     if is_exporting():
@@ -105,7 +105,8 @@ def check_exportable(backend: Optional[str]) -> None:
         raise ValueError(f'backend {backend!r} was requested and cannot run: an exported graph holds F.conv2d')
 
 
-def _autocast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def autocast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What autocast makes of an argument."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
@@ -118,6 +119,16 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], 
         raise ValueError(f'weight must have odd K and L, got shape {tuple(weight.shape)}')
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f'bias must be (C,) = ({weight.shape[0]},), got shape {tuple(bias.shape)}')
+    check_types(x, weight, bias, rounds_weight)
+
+
+def check_types(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        rounds_weight: bool = False,
+) -> None:
+    """Raise if the dtypes or devices do not go together."""
     if not x.is_floating_point():
         raise TypeError(f'x must be floating point, got {x.dtype}')
     for name, t in (('weight', weight), ('bias', bias)):

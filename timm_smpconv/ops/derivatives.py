@@ -165,7 +165,7 @@ def _corr_backward(ctx, v):
     )
 
 
-def _batch_first(t: torch.Tensor, dim: Optional[int], size: int) -> torch.Tensor:
+def batch_first(t: torch.Tensor, dim: Optional[int], size: int) -> torch.Tensor:
     """The mapped dimension in front, of its full size."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
@@ -199,8 +199,8 @@ class Conv(torch.autograd.Function):
         if in_dims[1] is None and in_dims[2] is None:
             y = Conv.apply(x.movedim(in_dims[0], 0).flatten(0, 1), weight, bias, backend)
             return y.unflatten(0, (n, -1)), 0
-        x, weight = _batch_first(x, in_dims[0], n), _batch_first(weight, in_dims[1], n)
-        bias = None if bias is None else _batch_first(bias, in_dims[2], n).flatten()
+        x, weight = batch_first(x, in_dims[0], n), batch_first(weight, in_dims[1], n)
+        bias = None if bias is None else batch_first(bias, in_dims[2], n).flatten()
         y = Conv.apply(_into_channels(x), weight.flatten(0, 1), bias, backend)  # (B, N * C, H, W)
         return y.unflatten(1, (n, -1)), 1
 
@@ -225,7 +225,7 @@ class Corr(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, grad, x, k, l, backend, dtype):
         n = info.batch_size
-        grad, x = _batch_first(grad, in_dims[0], n), _batch_first(x, in_dims[1], n)
+        grad, x = batch_first(grad, in_dims[0], n), batch_first(x, in_dims[1], n)
         dw = Corr.apply(_into_channels(grad), _into_channels(x), k, l, backend, dtype)  # (N * C, 1, K, L)
         return dw.unflatten(0, (n, -1)), 0
 
