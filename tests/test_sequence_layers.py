@@ -46,7 +46,8 @@ def compare(layer, x, convolve):
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('channels,groups', [((3, 4), 1), ((4, 6), 2), ((2, 2), 1), ((1, 1), 1)])
-@pytest.mark.parametrize('k,stride,padding,h,w', [(5, 1, 'same', 6, 9), (9, 1, 4, 5, 4), (3, 2, 1, 7, 6), (5, 1, 0, 8, 8)])
+@pytest.mark.parametrize(
+    'k,stride,padding,h,w', [(5, 1, 'same', 6, 9), (9, 1, 4, 5, 4), (3, 2, 1, 7, 6), (5, 1, 0, 8, 8)])
 def test_smp_conv2d_over_channels(channels, groups, k, stride, padding, h, w, layout):
     layer = spread(SMPConv2d(*channels, k, stride, padding, groups=groups, points=7, average=True, **F64))
     x = LAYOUTS[layout](torch.randn(2, channels[0], h, w, **F64)).detach()

@@ -102,7 +102,7 @@ def crops(image):
     for flipped in (image, image[:, ::-1]):
         padded = np.pad(flipped, ((4, 4), (4, 4), (0, 0)))
         found += [padded[i:i + 32, j:j + 32] for i in range(9) for j in range(9)]
-    return torch.from_numpy((np.stack(found) / 255 - IMAGENET[0]) / IMAGENET[1]).permute(0, 3, 1, 2)
+    return torch.from_numpy((np.stack(found) / 255 - IMAGENET[0]) / IMAGENET[1]).permute(0, 3, 1, 2).float()
 
 
 def test_cifar10(cifar10):
@@ -114,11 +114,11 @@ def test_cifar10(cifar10):
         assert difference(found[name][0], expected) < 1e-6 and found[name][1].tolist() == labels
     assert found['train'][1].tolist() == [*range(10)] * 2
     expected, which = crops(images[3]), set()
-    for _ in range(300):
+    for _ in range(120):
         errors = (expected - data.parts['train'][3][0]).abs().amax((1, 2, 3))
         assert errors.min() < 1e-5
         which.add(int(errors.argmin()))
-    assert len(which) > 100 and min(which) < 81 <= max(which)
+    assert len(which) > 60 and min(which) < 81 <= max(which)
 
 
 def authors_split(x, labels):
@@ -314,6 +314,20 @@ def test_what_decays():
         name for name, param in module.model.named_parameters()
         if param.ndim > 1 and not name.endswith(('.coords', '.radius'))}
     assert decayed == expected and any(name.endswith('kernel.weight') for name in decayed)
+
+
+@pytest.mark.parametrize('argument, value, rule', [
+    ('lr', 0, 'positive and finite'), ('lr', math.nan, 'positive and finite'), ('min_lr', -1e-6, 'positive and finite'),
+    ('warmup_epochs', -1, 'at least 0')])
+def test_wrong_rates_are_refused(argument, value, rule):
+    with pytest.raises(ValueError, match=f'{argument} must be {rule}, got {value}'):
+        sequences.SequenceClassifier('smpconv_tcn_smnist', SMALL, **{argument: value})
+
+
+def test_without_warm_up_the_cosine_starts_at_the_peak():
+    rates = [sequences.rate_factor(update, warmup=0, total=10, end=0.1) for update in range(11)]
+    assert rates[:2] == [1, 1] and rates[-1] > 0.1  # the authors' cosine starts after one update
+    assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)
 
 
 def test_no_end_of_training_is_refused():

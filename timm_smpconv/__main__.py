@@ -21,12 +21,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
 
     demo = commands.add_parser(
-        'demo', help='train on real handwritten digits, merge, and show what changed',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    demo.add_argument('--model', default='smpconv_mobile31', choices=timm.list_models('smpconv*'))
-    demo.add_argument('--epochs', type=_integer(1, 10_000), default=9)
-    demo.add_argument('--seed', type=_integer(0, 2 ** 32 - 1), default=42)
-    demo.add_argument('--out', type=Path, default=Path('smpconv-demo'), help='folder for checkpoints and picture')
+        'demo', help='train on real handwritten digits, merge, and show what changed')
+    demo.add_argument(
+        '--model', default='smpconv_mobile31', choices=timm.list_models('smpconv*'), help='default: %(default)s')
+    demo.add_argument(
+        '--epochs', type=_integer(1, 10_000), help='by default as many as take about three minutes on two cores')
+    demo.add_argument('--seed', type=_integer(0, 2 ** 32 - 1), default=42, help='default: %(default)s')
+    demo.add_argument(
+        '--out', type=Path, default=Path('smpconv-demo'),
+        help='folder for checkpoints and picture, by default %(default)s')
     demo.set_defaults(run=_demo)
 
     recipe = commands.add_parser(

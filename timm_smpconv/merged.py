@@ -198,7 +198,7 @@ def conv1d(
         padding: int = 0,
         groups: int = 1,
         causal: bool = False,
-        packed: Optional[PackedKernel] = None,
+        packed: Optional[Any] = None,  # TorchScript cannot read `PackedKernel`
 ) -> torch.Tensor:
     """`F.conv1d`, by `causal_conv1d` where it keeps the length.
 

@@ -94,9 +94,8 @@ class SequenceData(LightningDataModule):
         try:
             yield
         except Exception as error:  # readers raise many types: OSError, EOFError, zlib.error, AssertionError, …
-            raise DataError(
-                f"data_dir must hold {self.needs}, got '{self.data_dir}': {str(error) or type(error).__name__}"
-            ) from error
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            raise DataError(f"data_dir must hold {self.needs}, got '{self.data_dir}': {reason}") from error
 
     def _check_size(self, found: int) -> None:
         """Warn about data that the published accuracy is not for."""

@@ -43,11 +43,14 @@ class SequenceClassifier(LightningModule):
     Args:
         name: Name of the model.
         model_args: Other arguments of `timm.create_model`.
-        lr: Peak of the learning rate; radii get a tenth.
+        lr: Peak of the learning rate, positive; radii get a tenth.
         weight_decay: L2 term; none on positions, radii, biases and one-dimensional parameters.
-        warmup_epochs: Epochs in which the rate rises from 0.
-        min_lr: Where the cosine ends.
+        warmup_epochs: Epochs in which the rate rises from 0, at least 0.
+        min_lr: Where the cosine ends, positive.
         weights: A checkpoint of this package or of the authors to start from.
+
+    Raises:
+        ValueError: An argument breaks the rules above.
     """
 
     def __init__(
@@ -61,6 +64,11 @@ class SequenceClassifier(LightningModule):
             weights: Optional[str] = None,
     ):
         super().__init__()
+        for argument, value in (('lr', lr), ('min_lr', min_lr)):
+            if not 0 < value < math.inf:
+                raise ValueError(f'{argument} must be positive and finite, got {value}')
+        if warmup_epochs < 0:
+            raise ValueError(f'warmup_epochs must be at least 0, got {warmup_epochs}')
         self.save_hyperparameters()
         pretrained = dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights)) if weights else {}
         self.model = timm.create_model(name, **{**pretrained, **(model_args or {})})
