@@ -224,8 +224,9 @@ def sizes(model: Model) -> List[Tuple[int, int]]:
 def oracle(source: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
     family = reference if name in reference.CONFIGS else reference_smp
     print(f'evaluating it at {x.shape[2]}×{x.shape[3]} in the plain network of tests/{family.__name__}.py', flush=True)
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in family.in_authors_layout(source).items()}
     with torch.inference_mode():
-        return family.logits(family.in_authors_layout(source), name, x)
+        return family.logits(exact, name, x.double())
 
 
 def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.Tensor]], merged: bool) -> float:
