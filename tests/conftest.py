@@ -2,6 +2,9 @@
 import os
 import re
 import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one thread a worker, also in the processes that it starts
     os.environ.update(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')  # read when torch is imported
@@ -38,7 +41,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 CPU_BACKENDS = [name for name in BACKENDS if name != 'triton']
 
 # Reasons for which tests may be skipped in CI.
-MAY_LACK = re.compile(r"GPU|AVX-512|timm's scripts")
+MAY_LACK = re.compile(r"GPU|AVX-512|timm's scripts|authors' code")
 
 # Largest `difference` allowed.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -104,6 +107,32 @@ def small_model(shake=True, **kwargs):
     torch.manual_seed(0)
     model = timm.create_model('smpconv_tiny', **{**SMALL, 'num_classes': 10, **kwargs}).eval()
     return wake_weights(shake_norms(model)) if shake else model
+
+
+def while_others(disturb, work, count=2):
+    """Call `work` once in each of `count` threads while as many others repeat `disturb`; threads switch all the time.
+
+    Raises what one of them raises.
+    """
+    interval, done = sys.getswitchinterval(), threading.Event()
+
+    def repeat():
+        while not done.is_set():
+            disturb()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2 * count) as pool:
+            others = [pool.submit(repeat) for _ in range(count)]
+            try:
+                for future in [pool.submit(work) for _ in range(count)]:
+                    future.result()
+            finally:
+                done.set()
+            for future in others:
+                future.result()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def fail_if_missing(report):

@@ -1,6 +1,7 @@
 """The oracle: the mathematics of SMPConv written plainly, with nothing of the package under test.
 
-State dicts have the layout of the authors' ImageNet code (smp_imagenet/models/SMPConv.py).
+The kernel of all networks, and the ImageNet family, whose state dicts have the layout of the authors' ImageNet code
+(smp_imagenet/models/SMPConv.py). reference_smp.py has the other networks.
 """
 from typing import Any, Dict
 
@@ -50,25 +51,35 @@ def conv_loop(x, weight, bias=None, stride=1, padding=0):
     return out if bias is None else out + bias[:, None, None]
 
 
+class RandomWeights:
+    """Fills a state dict with random weights of float64 that are rounded to `dtype`."""
+
+    def __init__(self, seed, dtype):
+        self.sd = {}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+
+    def normal(self, key, *shape, std):
+        self.sd[key] = (torch.randn(shape, generator=self.generator, dtype=torch.float64) * std).to(self.dtype)
+
+    def norm(self, key, channels):
+        """A BatchNorm with non-trivial statistics."""
+        self.sd[f'{key}.weight'] = (torch.rand(channels, generator=self.generator) + 0.5).to(self.dtype)
+        self.normal(f'{key}.bias', channels, std=0.2)
+        self.normal(f'{key}.running_mean', channels, std=0.2)
+        self.sd[f'{key}.running_var'] = (torch.rand(channels, generator=self.generator) + 0.5).to(self.dtype)
+        self.sd[f'{key}.num_batches_tracked'] = torch.tensor(7)
+
+
 def authors_state_dict(name, seed=0, num_classes=1000, dtype=torch.float32):
     """Random weights with non-trivial BatchNorm statistics in the authors' layout."""
     config = CONFIGS[name]
-    generator = torch.Generator().manual_seed(seed)
-    sd = {}
-
-    def normal(key, *shape, std):
-        sd[key] = (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(dtype)
-
-    def bn(key, channels):
-        sd[f'{key}.weight'] = (torch.rand(channels, generator=generator) + 0.5).to(dtype)
-        normal(f'{key}.bias', channels, std=0.2)
-        normal(f'{key}.running_mean', channels, std=0.2)
-        sd[f'{key}.running_var'] = (torch.rand(channels, generator=generator) + 0.5).to(dtype)
-        sd[f'{key}.num_batches_tracked'] = torch.tensor(7)
+    draw = RandomWeights(seed, dtype)
+    sd = draw.sd
 
     def conv_bn(key, out_chs, in_chs, k):
-        normal(f'{key}.conv.weight', out_chs, in_chs, k, k, std=0.5 / (in_chs * k * k) ** 0.5)
-        bn(f'{key}.bn', out_chs)
+        draw.normal(f'{key}.conv.weight', out_chs, in_chs, k, k, std=0.5 / (in_chs * k * k) ** 0.5)
+        draw.norm(f'{key}.bn', out_chs)
 
     dims = config['dims']
     conv_bn('stem.0', dims[0], 3, 3)
@@ -78,29 +89,29 @@ def authors_state_dict(name, seed=0, num_classes=1000, dtype=torch.float32):
     for s, (depth, dim, k) in enumerate(zip(config['depths'], dims, config['kernels'])):
         for j in range(depth):
             block = f'stages.{s}.blocks.{2 * j}'
-            bn(f'{block}.prelkb_bn', dim)
+            draw.norm(f'{block}.prelkb_bn', dim)
             conv_bn(f'{block}.pw1', dim, dim, 1)
             conv_bn(f'{block}.pw2', dim, dim, 1)
             points = k * k // config['divisor']
             smp = f'{block}.large_kernel.smp'
-            normal(f'{smp}.conv.weight_coord', 1, points, 2, std=0.3)
+            draw.normal(f'{smp}.conv.weight_coord', 1, points, 2, std=0.3)
             sd[f'{smp}.conv.weight_coord'].clamp_(-1, 1)
-            sd[f'{smp}.conv.radius'] = ((torch.rand(1, points, 1, 1, generator=generator) + 0.5) * 4 / k).to(dtype)
-            normal(f'{smp}.conv.weights', 1, dim, points, std=0.02)
+            sd[f'{smp}.conv.radius'] = ((torch.rand(1, points, 1, 1, generator=draw.generator) + 0.5) * 4 / k).to(dtype)
+            draw.normal(f'{smp}.conv.weights', 1, dim, points, std=0.02)
             sd[f'{smp}.conv.kernel_coord'] = torch.zeros(1, 2, k, k, dtype=dtype)  # a buffer the oracle does not read
-            bn(f'{smp}.bn', dim)
+            draw.norm(f'{smp}.bn', dim)
             conv_bn(f'{block}.large_kernel.small_conv', dim, 1, 5)
             block = f'stages.{s}.blocks.{2 * j + 1}'
             hidden = dim * config['ratio']
-            bn(f'{block}.preffn_bn', dim)
+            draw.norm(f'{block}.preffn_bn', dim)
             conv_bn(f'{block}.pw1', hidden, dim, 1)
             conv_bn(f'{block}.pw2', dim, hidden, 1)
         if s < 3:
             conv_bn(f'transitions.{s}.0', dims[s + 1], dim, 1)
             conv_bn(f'transitions.{s}.1', dims[s + 1], 1, 3)
-    bn('norm', dims[-1])
-    normal('head.weight', num_classes, dims[-1], std=0.02)
-    normal('head.bias', num_classes, std=0.02)
+    draw.norm('norm', dims[-1])
+    draw.normal('head.weight', num_classes, dims[-1], std=0.02)
+    draw.normal('head.bias', num_classes, std=0.02)
     return sd
 
 

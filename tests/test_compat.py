@@ -31,7 +31,7 @@ def without_private(name, globals=None, locals=None, fromlist=(), level=0):
     return original(name, globals, locals, fromlist, level)
 
 builtins.__import__ = without_private
-import timm_smpconv, torch
+import timm_smpconv, timm_smpconv.cifar10, torch
 from timm_smpconv.__main__ import main
 args = dict(depths=(1, 1, 1, 1), dims=(4, 4, 8, 8), kernel_sizes=(5, 5, 5, 5), num_classes=2)
 model = timm.create_model('smpconv_tiny', **args)
@@ -60,7 +60,9 @@ def test_private_names_are_imported_in_compat_only():
     found = [
         (path.name, name) for folder in ('timm_smpconv', 'weights') for path in (ROOT / folder).rglob('*.py')
         for name in imported_names(path) if re.match(r'timm\..*\b_|huggingface_hub\..*(\b_|\bsha\b)', name)]
-    assert found == [('compat.py', 'timm.optim._optim_factory.default_registry')]
+    assert found == [
+        ('compat.py', 'timm.optim._optim_factory.default_registry'),
+        ('compat.py', 'timm.data.dataset_factory._TORCH_BASIC_DS')]
 
 
 def test_without_them_the_package_works_and_says_what_is_missing():
@@ -69,7 +71,8 @@ def test_without_them_the_package_works_and_says_what_is_missing():
     shapes, timm_says, refused = result.stdout.splitlines()
     assert shapes == '[(2, 4, 4, 4), (2, 8, 1, 1)]'
     assert timm_says.startswith('timm says: ') and 'smpadamw' in timm_says
-    assert refused == "['timm.optim._optim_factory']"
+    assert refused == "['timm.data.dataset_factory', 'timm.optim._optim_factory']"
+    assert 'timm has no dataset torch/cifar10_padded: its table of datasets was not found' in result.stderr
     for name, optimizer in (('smpadamw', 'SMPAdamW'), ('smpadam', 'SMPAdam')):
         assert f'timm has no optimizer named {name}: its registry was not found' in result.stderr
         assert f'Use the class {optimizer} instead' in result.stderr

@@ -1,10 +1,11 @@
 """What the other tests lean on: `difference`, what may be skipped in CI, and that every test starts from the seed."""
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import difference
+from conftest import difference, while_others
 
 pytest_plugins = ['pytester']
 
@@ -55,6 +56,7 @@ def test(layer):
 '''
 THREADS = '''
 import os
+import time
 import torch
 
 def test():
@@ -152,3 +154,16 @@ def test_difference_with_nan_and_infinity_on_both_sides():
     other = same.clone()
     other[-1] = 3
     assert difference(same, same) == 0 and difference(other, same) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize('failing', ['disturb', 'work'])
+def test_errors_of_other_threads_are_raised(failing):
+    def fail():
+        raise ZeroDivisionError
+
+    calls = []
+    functions = {'disturb': lambda: calls.append(0), 'work': lambda: time.sleep(0.01)}
+    with pytest.raises(ZeroDivisionError):
+        while_others(**dict(functions, **{failing: fail}))
+    while_others(**functions)
+    assert len(calls) > 1

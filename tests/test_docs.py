@@ -20,11 +20,12 @@ from unittest import mock
 import convert
 import publish
 import pytest
+import reference_smp
 import timm
 import torch
 import torch._inductor.config
 import yaml
-from conftest import IMAGENET_MODELS, difference
+from conftest import MODELS, difference
 from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
 from test_weights import unpublished
@@ -33,7 +34,7 @@ from torch.distributed.run import get_args_parser
 import timm_smpconv
 from timm_smpconv import pretrained
 from timm_smpconv.__main__ import main
-from timm_smpconv.recipe import recipe_names
+from timm_smpconv.recipe import recipe_names, recipe_path
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -63,9 +64,10 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkpoint(run):
-    """The authors' checkpoint, in the folder in which the blocks run."""
+    """The authors' checkpoints, in the folder in which the blocks run."""
     state_dict = authors_state_dict('smpconv_tiny')
     torch.save({'state_dict_ema': state_dict}, 'SMPConv_T.pth')
+    torch.save({'model': reference_smp.authors_state_dict('smpconv_tcn_ct')}, 'ct.pt')
     return state_dict
 
 
@@ -88,6 +90,29 @@ def test_layer_and_operator(run):
     assert 1e-4 < names['errors']['fft'] < 1e-2  # the figures on the page, on any CPU
 
 
+def test_sequences(run):
+    weights = timm.create_model('smpconv_tcn_ct').state_dict()
+    torch.save({'state_dict': weights}, 'last.ckpt')  # as tests/test_sequences.py sees Lightning write it
+    *_, names = run('docs/sequences.md')
+    assert difference(names['again'], names['logits']) < 1e-5
+    assert torch.equal(names['model'].head.fc.weight, weights['head.fc.weight'])
+
+
+@pytest.mark.filterwarnings(r'ignore:\s*(By default only one Jsonargparse|.* was deprecated in v4\.49)')
+def test_commands_for_sequences_are_understood(capsys):
+    recipe, count = '', 0
+    for words in (words for page in PAGES for words in commands(page)):
+        if words[:2] == ['timm-smpconv', 'recipe']:
+            recipe = str(recipe_path(words[2]))
+        elif words[:2] == ['timm-smpconv', 'sequence']:
+            arguments = [recipe if word == 'SUBSTITUTED' else word for word in words[1:]]
+            with pytest.raises(SystemExit) as exit:
+                main(arguments if arguments[-1] == '--help' else [*arguments, '--print_config'])
+            assert not exit.value.code, capsys.readouterr().err
+            count += 1
+    assert count >= 6
+
+
 @pytest.mark.slow
 def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
@@ -104,6 +129,8 @@ def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
     for key, value in names['converted'].state_dict().items():
         for name in ('theirs', 'pretrained', 'by_address'):
             assert torch.equal(names[name].state_dict()[key], value), (name, key)
+    expected = reference_smp.logits(torch.load('ct.pt')['model'], 'smpconv_tcn_ct', names['series'])
+    assert difference(names['logits'], expected) < 1e-4
 
 
 @pytest.mark.slow
@@ -123,7 +150,8 @@ def test_deployment(run, tmp_path):
 def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
-        'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/weights.md', 'docs/deployment.md'}
+        'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
+        'docs/deployment.md'}
 
 
 def commands(page):
@@ -193,6 +221,8 @@ def test_commands_and_their_options_exist():
     extras = set(re.findall(r'^(\w+) = \[', extras.split('\n[')[0], re.MULTILINE))
     checked = set()
     for page, program, arguments in PROGRAMS:
+        if arguments[:1] == ['sequence']:
+            continue  # test_commands_for_sequences_are_understood
         if program.startswith(OURS):
             text = help_of(program, arguments)
             assert not lacking(arguments, text), (page, program)
@@ -269,7 +299,7 @@ def test_links_lead_somewhere(page):
 
 def test_table_names_every_model_and_its_parameters():
     rows = dict(re.findall(r'\| `(smpconv_\w+)` \| [\d.]+ \| ([\d,]+) \|', README))
-    assert rows.keys() == set(IMAGENET_MODELS)
+    assert rows.keys() == set(MODELS)
     for name, parameters in rows.items():
         model = timm.create_model(name, device='meta')
         assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(',', ''))

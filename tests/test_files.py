@@ -12,16 +12,17 @@ import sys
 import time
 import timeit
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from timm_smpconv import files
-from timm_smpconv.files import replace_together
+from timm_smpconv.files import replace_together, write_whole
 
 NAMES = ('one', 'two', 'three')  # `three` has no earlier version
 CALLS = (  # everything that changes the disk; the functions of os are those of shutil.rmtree
     (Path, 'replace'), (Path, 'mkdir'), (Path, 'rmdir'), (Path, 'unlink'), (Path, 'chmod'), (Path, 'write_text'),
-    (os, 'unlink'), (os, 'rmdir'), (fcntl, 'flock'))
+    (Path, 'write_bytes'), (os, 'unlink'), (os, 'rmdir'), (fcntl, 'flock'))
 
 
 class Killed(BaseException):
@@ -364,3 +365,44 @@ def test_any_folder_will_do(tmp_path, out, monkeypatch):
     replace(Path(out), 'files')
     assert all((Path(out) / name).read_text() == 'new' for name in NAMES)
     assert (tmp_path / 'link').is_symlink()
+
+
+@pytest.mark.parametrize('fault', [fail, raise_interrupt])
+@pytest.mark.parametrize('method', ['write_bytes', 'replace'])
+def test_a_single_file_is_written_whole_or_not_at_all(tmp_path, method, fault, monkeypatch):
+    path = tmp_path / 'a.yaml'
+    write_whole(path, b'old')
+    real = getattr(Path, method)
+
+    def fails(self, *args):
+        if method == 'write_bytes':
+            real(self, b'ne')
+        fault()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, fails)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            write_whole(path, b'new')
+    assert content(tmp_path) == {'a.yaml': 'old'}
+    write_whole(path, b'new')
+    assert content(tmp_path) == {'a.yaml': 'new'}
+
+
+def test_a_file_system_without_permissions(folder, monkeypatch):
+    """vfat: chmod fails where it cannot store the mode."""
+    def refuse(path, mode):
+        raise PermissionError(1, 'Operation not permitted', str(path))
+
+    monkeypatch.setattr(Path, 'chmod', refuse)
+    replace(folder, 'files')
+    assert content(folder) == NEW
+
+
+def test_a_file_system_whose_inode_numbers_differ(folder, monkeypatch):
+    """Those of an open file and of its path, so that no lock seems to be the current one."""
+    prepare(folder, 'files')
+    real = Path.lstat
+    monkeypatch.setattr(Path, 'lstat', lambda path: SimpleNamespace(st_ino=-real(path).st_ino))
+    with pytest.raises(OSError, match=r'\.timm-smpconv\.lock must have one inode number'):
+        replace(folder, 'files')
+    assert {name: text for name, text in content(folder).items() if not name.startswith('.')} == OLD

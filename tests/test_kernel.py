@@ -2,13 +2,11 @@
 import copy
 import io
 import math
-import sys
-import threading
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TOLERANCE, difference, small_model
+from conftest import TOLERANCE, difference, small_model, while_others
 from reference import kernel_loop
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
@@ -398,35 +396,15 @@ def test_check_points_accepts_any_finite_value():
 
 
 def test_kernels_are_listed_while_other_threads_build_models():
-    interval, stop, failures = sys.getswitchinterval(), threading.Event(), []
-
     def build():
-        while not stop.is_set():
-            kernels = [SMPKernel(1, (3, 3), 1) for _ in range(20)]
-            del kernels
+        [SMPKernel(1, (3, 3), 1) for _ in range(20)]
 
     def read():
-        try:
-            for _ in range(1000):
-                assert kept in live_kernels()
-        except Exception as error:
-            failures.append(error)
+        for _ in range(1000):
+            assert kept in live_kernels()
 
     kept = SMPKernel(1, (3, 3), 1)
-    builders = [threading.Thread(target=build) for _ in range(2)]
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in builders + readers:
-            thread.start()
-        for thread in readers:
-            thread.join()
-    finally:
-        stop.set()
-        for thread in builders:
-            thread.join()
-        sys.setswitchinterval(interval)
-    assert not failures
+    while_others(build, read)
 
 
 def test_kernels_are_listed_when_copied_and_no_longer_when_dropped():

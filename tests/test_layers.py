@@ -211,8 +211,8 @@ REFUSED = {  # where: (what, message)
     'small.conv': [
         (partial(nn.Conv2d, 4, 4, 5, padding=2, groups=4, padding_mode='reflect'), 'must be .*padded with zeros'),
         (partial(nn.Conv2d, 4, 4, 5, padding='same', groups=4), 'must be .*padded with zeros'),
-        (partial(Lora, 4, 4, 5, padding=2, groups=4), 'must be an SMPConv1d, SMPConv2d .* got Lora'),
-        (nn.Identity, 'must be an SMPConv1d, SMPConv2d .* got Identity'),
+        (partial(Lora, 4, 4, 5, padding=2, groups=4), 'must be an SMPConv1d, SMPConv2d.* got Lora'),
+        (nn.Identity, 'must be an SMPConv1d, SMPConv2d.* got Identity'),
     ],
     'small': [
         (partial(nn.Conv2d, 4, 4, 3, padding=2, dilation=2, groups=4), 'must be a convolution that keeps'),

@@ -1,4 +1,4 @@
-"""`load_state_dict` of a model, and of what holds one: it loads what fits, or nothing."""
+"""`load_state_dict` of a model, of a layer, and of what holds one: it loads what fits, or nothing."""
 import copy
 
 import pytest
@@ -7,7 +7,8 @@ from conftest import small_model
 from test_checkpoint import load_small, same, without
 from timm.utils import reparameterize_model
 
-from timm_smpconv import CheckpointError
+from timm_smpconv import CheckpointError, RepSMPConv2d
+from timm_smpconv.layers import RepSMPConv1d
 
 BAD_VALUES = {
     'shape': (lambda v: torch.zeros(3, 3), r'\(3, 3\) instead of'),
@@ -37,6 +38,9 @@ HOLDERS = {
     'copy of features_only': lambda: copy.deepcopy(small_model(features_only=True)),
     'data parallel': lambda: torch.nn.DataParallel(small_model()),
     'within': lambda: torch.nn.Sequential(small_model(), torch.nn.Linear(10, 2)),
+    'a layer': lambda: RepSMPConv2d(4, 7),
+    'a layer of sequences': lambda: RepSMPConv1d(4, 4, 7),
+    'a layer within': lambda: torch.nn.Sequential(RepSMPConv2d(4, 7), torch.nn.Conv2d(4, 2, 1)),
 }
 
 
@@ -56,7 +60,7 @@ def test_nothing_is_loaded_from_a_state_dict_with_a_bad_value(kind, holder):
         for strict in True, False:
             with pytest.raises(CheckpointError, match=message) as caught:
                 holder.load_state_dict(state, strict=strict)
-            assert key.removeprefix('module.').removeprefix('0.') in str(caught.value)
+            assert key in str(caught.value)
             assert same(holder.state_dict(), before)
 
 
@@ -84,7 +88,7 @@ def test_points_out_of_range_are_loaded(strict, holder):
     lambda sd, key: without(sd, key), lambda sd, key: dict(sd, extra=sd[key]),
     lambda sd, key: dict(without(sd, key), **{key.upper(): sd[key]})])
 def test_nothing_is_loaded_strictly_if_a_key_is_missing_or_unexpected(change, model):
-    for holder in model, small_model(features_only=True):
+    for holder in model, small_model(features_only=True), RepSMPConv2d(4, 7), RepSMPConv1d(4, 4, 7):
         before = copy.deepcopy(holder.state_dict())
         state, key = spoilt(before, 'kernel.weight', torch.clone)
         with pytest.raises(CheckpointError, match=f'exactly the keys of the model, got .*({key}|extra)'):

@@ -116,7 +116,7 @@ REFUSED = [
     ('stages.3.blocks.0.drop_path', partial(LayerScale2d, 32), 'must be a DropPath or an Identity .* got LayerScale2d'),
     ('stages.3.blocks.0.pw1', partial(nn.Conv2d, 32, 32, 3, padding=1), 'must be a 1×1 convolution'),
     ('stages.3.blocks.0.pw1.act', nn.SiLU, 'must be an Identity'),
-    ('stages.3.blocks.1.pw2', nn.Sequential, 'must be an SMPConv1d, SMPConv2d .* got Sequential'),
+    ('stages.3.blocks.1.pw2', nn.Sequential, 'must be an SMPConv1d, SMPConv2d.* got Sequential'),
     ('stages.3.downsample.1.bn', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm or an Identity'),
     ('head.norm', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm or an Identity'),
     ('stem.3.bn', partial(nn.GroupNorm, 2, 8), 'must be a BatchNorm or an Identity'),

@@ -1,5 +1,6 @@
 """The four models as timm users meet them. timm's own model tests run in test_timm_contract.py."""
 import copy
+import math
 import threading
 from itertools import starmap
 
@@ -25,8 +26,8 @@ FACTS = {  # name: (trainable parameters, GMACs at 224 unmerged, stochastic dept
 }
 
 
-def macs(model, size):
-    """Multiply-accumulates of all convolutions and linear layers, counted by their output shapes."""
+def macs(model, shape):
+    """Multiply-accumulates of all convolutions and linear layers for an input, counted by their output shapes."""
     total = 0
 
     def count(module, inputs, output):
@@ -34,13 +35,12 @@ def macs(model, size):
         if isinstance(module, nn.Linear):
             total += module.in_features * module.out_features
         else:
-            kernel = module.kernel_size[0] * module.kernel_size[1]
-            total += output[0].numel() * kernel * module.in_channels // module.groups
+            total += output[0].numel() * math.prod(module.kernel_size) * module.in_channels // module.groups
 
     for module in model.modules():
         if isinstance(module, nn.Linear) or hasattr(module, 'kernel_size'):
             module.register_forward_hook(count)
-    model(torch.zeros(1, 3, size, size, device='meta'))
+    model(torch.zeros(1, *shape, device='meta'))
     return total
 
 
@@ -49,7 +49,7 @@ def test_parameters_and_macs_are_the_published_ones(name):
     parameters, gmacs, drop_path, points = FACTS[name]
     model = timm.create_model(name, device='meta').eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert round(macs(model, 224) / 1e9, 3) == gmacs
+    assert round(macs(model, (3, 224, 224)) / 1e9, 3) == gmacs
     assert tuple(s.blocks[0].dwconv.large.conv.kernel.coords.shape[1] for s in model.stages) == points
     blocks = [b for s in model.stages for b in s.blocks]
     rates = [b.drop_path.drop_prob if isinstance(b.drop_path, DropPath) else 0. for b in blocks]

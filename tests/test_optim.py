@@ -4,8 +4,6 @@ import gc
 import io
 import math
 import pickle
-import sys
-import threading
 from weakref import ref
 
 import pytest
@@ -13,7 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TOLERANCE, difference, small_model
+from conftest import TOLERANCE, difference, small_model, while_others
 from reference import kernel_loop
 from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
@@ -313,7 +311,8 @@ def test_the_scale_is_a_rate_in_plain_sgd():
     F.cross_entropy(net(x), y).backward()
     gradients = {n: p.grad.clone() for n, p in net.named_parameters()}
     before = params_of(net)
-    add_point_rules(torch.optim.SGD(net.parameters(), lr=1e-3), radius_lr_scale=0.25).step()
+    optimizer = add_point_rules(torch.optim.SGD(net.parameters(), lr=1e-3), radius_lr_scale=0.25)
+    optimizer.step()
     for name, param in net.named_parameters():
         rate = 0.25e-3 if name.endswith('radius') else 1e-3
         expected = before[name] - rate * gradients[name]
@@ -360,25 +359,51 @@ def test_a_closure_sees_the_state_before_the_step():
     assert len(set(losses)) == 3
 
 
-def test_a_step_that_raises_leaves_no_scaled_rate():
-    net, other = net_with(3), net_with(3)
-    optimizer = SMPAdamW(net, lr=2e-2)
+CHAINABLE = {  # schedulers that multiply the rate that they find; all of them halve it
+    'StepLR': lambda o: lr_scheduler.StepLR(o, 1, 0.5),
+    'ExponentialLR': lambda o: lr_scheduler.ExponentialLR(o, 0.5),
+    'MultiplicativeLR': lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.5),
+}
 
-    def closure():
+
+@pytest.mark.parametrize('error', [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize('make', [
+    lambda net: SMPAdamW(net, lr=2e-2),
+    lambda net: copy.deepcopy((net, SMPAdamW(net, lr=2e-2)))[1],
+    lambda net: add_point_rules(torch.optim.AdamW(net.parameters(), lr=2e-2), net),
+], ids=['smpadamw', 'smpadamw, copied', 'adamw with the rules'])
+@pytest.mark.parametrize('scheduler', CHAINABLE)
+def test_a_step_that_raises_leaves_no_scaled_rate(scheduler, make, error):
+    """In the closure, and in another hook."""
+    optimizer = make(net_with(3))
+    schedule = CHAINABLE[scheduler](optimizer)
+
+    def fail(*args):
+        assert sum(group['lr'] == pytest.approx(lr * 0.1) for group in optimizer.param_groups) == 1
+        raise error
+
+    optimizer.step()  # schedulers warn before
+    for lr, closure in ((2e-2, fail), (1e-2, None)):
+        if closure is None:
+            optimizer.register_step_pre_hook(fail)
+        with pytest.raises(error):
+            optimizer.step(closure)
+        assert [group['lr'] for group in optimizer.param_groups] == [lr] * 3
+        assert not any('whole_lr' in group for group in optimizer.state_dict()['param_groups'])
+        schedule.step()
+        assert [group['lr'] for group in optimizer.param_groups] == [lr / 2] * 3
+
+
+def test_training_goes_on_behind_a_step_that_raised():
+    def fail():
         raise MemoryError
 
-    for lr in (2e-2, 1e-2):
-        with pytest.raises(MemoryError):
-            optimizer.step(closure)
-        for group in optimizer.param_groups:
-            group['lr'] = group['lr'] if lr == 2e-2 else lr  # as it was left, or by a scheduler in between
-        train(net, optimizer, batches_of(2))
-        assert {group['lr'] for group in optimizer.param_groups} == {lr}
-    reference = SMPAdamW(other, lr=2e-2)
-    train(other, reference, batches_of(2))
-    for group in reference.param_groups:
-        group['lr'] = 1e-2
-    train(other, reference, batches_of(2))
+    net, other = net_with(3), net_with(3)
+    optimizer = SMPAdamW(net, lr=2e-2)
+    with pytest.raises(MemoryError):
+        optimizer.step(fail)
+    train(net, optimizer, batches_of(2))
+    train(other, SMPAdamW(other, lr=2e-2), batches_of(2))
     check_equal(params_of(net), params_of(other))
 
 
@@ -546,41 +571,26 @@ def test_an_optimizer_is_freed_with_its_last_user():
     gone = ref(optimizer)
     gc.disable()
     try:
+        step = optimizer.step
         del optimizer
         assert gone() is None
+        with pytest.raises(ReferenceError, match='the optimizer must exist while its step runs'):
+            step()
     finally:
         gc.enable()
 
 
 def test_optimizers_are_made_while_other_threads_build_models():
-    interval, stop, failures = sys.getswitchinterval(), threading.Event(), []
-
     def build():
-        while not stop.is_set():
-            [SMPKernel(1, (3, 3), 1) for _ in range(20)]
+        [SMPKernel(1, (3, 3), 1) for _ in range(20)]
 
     def make():
-        try:
-            for _ in range(50):
-                kernel = SMPKernel(1, (3, 3), 1)
-                optimizer = SMPAdamW(kernel.parameters(), lr=1.)
-                assert sum('radius_range' in g for g in optimizer.param_groups) == 1
-        except Exception as error:
-            failures.append(error)
+        for _ in range(50):
+            kernel = SMPKernel(1, (3, 3), 1)
+            optimizer = SMPAdamW(kernel.parameters(), lr=1.)
+            assert sum('radius_range' in g for g in optimizer.param_groups) == 1
 
-    builders, makers = ([threading.Thread(target=t) for _ in range(2)] for t in (build, make))
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in builders + makers:
-            thread.start()
-        for thread in makers:
-            thread.join()
-    finally:
-        stop.set()
-        for thread in builders:
-            thread.join()
-        sys.setswitchinterval(interval)
-    assert not failures
+    while_others(build, make)
 
 
 # The authors' training

@@ -1,6 +1,7 @@
 """The commands `run`, `recipe` and `digits`, with small scripts written here."""
 import argparse
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -20,8 +21,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import timm_smpconv_cli
-from timm_smpconv import recipe
+from timm_smpconv import recipe, startup
 from timm_smpconv.__main__ import main
 from timm_smpconv.digits import write_digits
 from timm_smpconv.scripts import ScriptError, find_script, run_script
@@ -277,43 +277,60 @@ def few_digits(monkeypatch):
     monkeypatch.setattr('timm_smpconv.digits.digits', lambda training: ([Image.new('L', (8, 8))] * 3, [0, 1, 1]))
 
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError('No space left on device')])
-@pytest.mark.parametrize('owner,name,calls', [
-    (Image.Image, 'save', 4), (Path, 'rename', 0), (Path, 'rename', 1), (Path, 'rename', 2)])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, None])
 @pytest.mark.parametrize('given', ['a/b', 'empty'])
-def test_digits_stopped_leaves_nothing(error, owner, name, calls, given, few_digits, tmp_path, monkeypatch, capsys):
-    """Stopped before the first call, and behind each of them."""
+def test_digits_stopped_leaves_nothing(number, given, few_digits, tmp_path, monkeypatch, capsys):
+    """By a signal or a full disk at the fourth image. test_files.py has all other moments."""
     (tmp_path / 'empty').mkdir()
-    original, count = getattr(owner, name), 0
+    save, count = Image.Image.save, itertools.count(1)
 
-    def stops(self, *args, **kwargs):
-        nonlocal count
-        if calls:
-            original(self, *args, **kwargs)
-        count += 1
-        if count >= calls:
-            raise error
+    def stops(*args):
+        save(*args)
+        if next(count) == 4:
+            if number is None:
+                raise OSError('No space left on device')
+            signal.raise_signal(number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, stops)
-        assert main(['digits', str(tmp_path / given)]) == (130 if error is KeyboardInterrupt else 1)
-    said = '\ntimm-smpconv digits: interrupted\n' if error is KeyboardInterrupt else f'timm-smpconv digits: {error}\n'
-    assert capsys.readouterr() == ('', said) and tree(tmp_path) == ['empty']
+    monkeypatch.setattr(Image.Image, 'save', stops)
+    assert main(['digits', str(tmp_path / given)]) == (130 if number else 1)
+    problem = '\ntimm-smpconv digits: interrupted, nothing was written' if number else (
+        'timm-smpconv digits: No space left on device')
+    assert capsys.readouterr() == ('', f'{problem}\n') and tree(tmp_path) == ['empty']
 
 
 def test_digits_of_two_at_once_are_those_of_one(few_digits, tmp_path, monkeypatch, capsys):
-    """The other one has put its `train` in place when this one wants to: it keeps it."""
-    original = Path.rename
+    """The other one puts its `train` in place while this one writes: it keeps it."""
+    save = Image.Image.save
 
-    def late(self, target):
-        Path(target).mkdir()
-        Path(target, 'theirs').touch()
-        original(self, target)
+    def late(*args):
+        save(*args)
+        (tmp_path / 'train').mkdir(exist_ok=True)
+        (tmp_path / 'train' / 'theirs').touch()
 
-    monkeypatch.setattr(Path, 'rename', late)
+    monkeypatch.setattr(Image.Image, 'save', late)
     assert main(['digits', str(tmp_path)]) == 1
-    assert 'Directory not empty' in capsys.readouterr().err
+    assert f'must be an empty folder or a new one, got {tmp_path}, which holds train' in capsys.readouterr().err
     assert tree(tmp_path) == ['train', 'train/theirs']
+
+
+def test_digits_behind_a_run_that_was_killed(few_digits, tmp_path, monkeypatch):
+    """Between its two folders, with its journal on the disk."""
+    replaced, replace = [], Path.replace
+
+    def kills(self, target):
+        replace(self, target)
+        replaced.append(Path(target).name)
+        if replaced[-1] == 'train':
+            os._exit(9)
+
+    if os.fork() == 0:
+        Path.replace = kills
+        write_digits(tmp_path)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    left = set(tree(tmp_path))
+    assert 'train' in left and 'validation' not in left and any(name.endswith('/journal') for name in left)
+    assert len(write_digits(tmp_path)) == 6
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ['train', 'validation']
 
 
 @pytest.mark.parametrize('buffering', [0, -1])
@@ -342,25 +359,39 @@ def test_a_path_that_standard_output_has_no_characters_for(tmp_path, monkeypatch
     assert sys.stdout.buffer.getvalue() == os.fsencode(folder / 'x.yaml') + b'\n'
 
 
-def test_an_interrupt_while_torch_is_imported(tmp_path):
+@pytest.mark.parametrize('start', [['-m', 'timm_smpconv'], ['timm-smpconv']], ids=' '.join)
+def test_an_interrupt_while_torch_is_imported(start, tmp_path):
     project = Path(__file__).parent.parent / 'pyproject.toml'
-    assert 'timm-smpconv = "timm_smpconv_cli:main"' in project.read_text(encoding='utf-8')
+    assert 'timm-smpconv = "timm_smpconv.__main__:main"' in project.read_text(encoding='utf-8')
+    (tmp_path / 'timm-smpconv').write_text('from timm_smpconv.__main__ import main\nmain()')
     (tmp_path / 'torch.py').write_text('import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)')
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get('PYTHONPATH')])])
     result = subprocess.run(
-        [sys.executable, '-c', 'import timm_smpconv_cli; timm_smpconv_cli.main()'], capture_output=True,
-        env=dict(os.environ, PYTHONPATH=path),
+        [sys.executable, *start, 'recipe'], capture_output=True, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=path),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background shells ignore it
     assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b'', b'')
 
 
 @pytest.mark.parametrize('handler', [signal.default_int_handler, signal.SIG_IGN])
-def test_the_entry_point_leaves_interrupts_as_they_were(handler, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['timm-smpconv', 'recipe'])
+@pytest.mark.parametrize('started,argv,ours', [
+    (['-m', 'timm_smpconv', 'recipe'], ['-m', 'recipe'], True),
+    (['-mtimm_smpconv', 'recipe'], ['-m', 'recipe'], True),
+    (['-s', '/bin/timm-smpconv', 'recipe', 'x'], ['/bin/timm-smpconv', 'recipe', 'x'], True),
+    (['-m', 'package', 'timm_smpconv'], ['-m', 'timm_smpconv'], False),
+    (['-c', 'import timm_smpconv'], ['-c'], False),
+    (['train.py', 'timm-smpconv'], ['train.py', 'timm-smpconv'], False),
+    (['train.py'], ['longer', 'than', 'it', 'was'], False),
+    ([], [''], False),
+])
+def test_the_import_leaves_interrupts_as_they_were(handler, started, argv, ours, monkeypatch):
+    monkeypatch.setattr(sys, 'orig_argv', ['python', *started])
+    monkeypatch.setattr(sys, 'argv', argv)
     before = signal.signal(signal.SIGINT, handler)
     try:
-        assert timm_smpconv_cli.main() == 0
+        importlib.reload(startup)
+        deferred = ours and handler is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is (signal.SIG_DFL if deferred else handler)
+        startup.finished()
         assert signal.getsignal(signal.SIGINT) is handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert 'smpconv_tiny' in capsys.readouterr().out

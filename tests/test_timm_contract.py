@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from conftest import IMAGENET_MODELS
+from conftest import IMAGENET_MODELS, SEQUENCE_MODELS
 from hub_server import HubServer, Repository
 from timm.models import save_for_hf
 
@@ -20,7 +20,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Forward, backward, cfg, TorchScript, features in two ways, intermediates, pruning, FX forward, backward and scripted.
 # base is tiny with other numbers, so pruning and FX, which take 40 seconds there, are left out.
-PER_MODEL = {name: 7 if name == 'smpconv_base' else 10 for name in IMAGENET_MODELS}
+# timm's tests of cfgs and features expect two dimensions ("TODO add 1D sequence support"), and skip inputs as long as
+# those of smpconv_tcn_scraw.
+PER_MODEL = {
+    **dict.fromkeys(IMAGENET_MODELS, 10), 'smpconv_base': 7, 'smpconv_resnet_cifar10': 8,
+    **{name: 6 for name in SEQUENCE_MODELS if name != 'smpconv_tcn_scraw'}}
+SELECTED = (
+    'smpconv and not (smpconv_base and (fx or prune)) and not smpconv_tcn_scraw '
+    'and not (smpconv_tcn and (default_cfgs or forward_features))')
 
 
 @pytest.fixture
@@ -65,7 +72,7 @@ def weights_on_a_hub(tmp_path):
 def test_timm_model_tests_pass_on_every_model(timm_tests, weights_on_a_hub):
     command = [
         sys.executable, '-m', 'pytest', '-p', 'any_weights', 'tests/test_models.py', '-q',
-        '-k', 'smpconv and not (smpconv_base and (fx or prune))',
+        '-k', SELECTED,
         '-p', 'no:cacheprovider', '--junitxml', 'report.xml']
     result = subprocess.run(
         command, cwd=timm_tests, env={**os.environ, **weights_on_a_hub}, capture_output=True, text=True)
@@ -75,5 +82,5 @@ def test_timm_model_tests_pass_on_every_model(timm_tests, weights_on_a_hub):
     assert result.returncode == 0, result.stdout[-5000:]
     assert skipped == [] and len(passed) == len(cases)
     assert sum('pretrained' in name for name in passed) >= 4  # loading weights, and features of them, tiny and base
-    for model in IMAGENET_MODELS:
-        assert sum(re.search(rf'-{model}(\.in1k)?\]', name) is not None for name in passed) >= PER_MODEL[model], model
+    for model, count in PER_MODEL.items():
+        assert sum(re.search(rf'-{model}(\.\w+)?\]', name) is not None for name in passed) >= count, model

@@ -17,22 +17,25 @@ from pathlib import Path
 
 import convert
 import huggingface_hub
+import numpy as np
 import publish
 import pytest
+import reference_smp
 import sources
 import timm
 import torch
 import yaml
-from card import model_card
-from conftest import IMAGENET_MODELS, TOKENS, difference
+from card import model_card, with_address
+from conftest import MODELS, TOKENS, difference
 from hub_server import HubServer, Repository
 from huggingface_hub import constants
+from PIL import Image
 from reference import authors_state_dict, logits
 from safetensors.torch import load_file
 from test_checkpoint import save_as_the_authors_do
 from test_models import macs
 
-from timm_smpconv import pretrained
+from timm_smpconv import SMPConvNet, pretrained
 from timm_smpconv.checkpoint import checkpoint_filter_fn
 from timm_smpconv.recipe import recipe_names
 
@@ -67,9 +70,10 @@ def finished(process):
 
 @pytest.fixture(scope='session', autouse=True)
 def small_images():
-    """Conversions in this process are verified with one small image."""
+    """Conversions of ImageNet models in this process are verified with one small image."""
+    sizes = convert.sizes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, 'SIZES', ((32, 64),))
+        patch.setattr(convert, 'sizes', lambda model: [(32, 64)] if isinstance(model, SMPConvNet) else sizes(model))
         yield
 
 
@@ -203,7 +207,7 @@ with torch.inference_mode():
     with torch.inference_mode():
         assert found[5] == 5 and difference(found[6], model.forward_features(image().mean(1, keepdim=True))) < 1e-5
     assert [f.shape[1:] for f in found[7]] == [(96, 16, 24), (192, 8, 12), (384, 4, 6), (768, 2, 3)]
-    assert found[8] == ['smpconv_base.in1k', 'smpconv_tiny.in1k']
+    assert found[8] == sorted(pretrained.BUILT_IN)
     assert hub.count('GET', 'model.safetensors') == 2  # to verify, and once for all that followed
 
     before = len(hub.requests)
@@ -401,7 +405,8 @@ def entries(change):
     (b'smpconv_tiny.in1k: 3', 'where smpconv_tiny.in1k lacks model, '),
     (entries(lambda entry: entry.pop('hub_id')), 'where smpconv_mobile51.in1k lacks hub_id'),
     (entries(lambda entry: entry.update(hub_id=3)), 'where the hub_id of smpconv_mobile51.in1k is 3'),
-    (entries(lambda entry: entry.update(origin='here')), 'where the origin of smpconv_mobile51.in1k lacks sha256'),
+    (entries(lambda entry: entry.update(origin='here')), 'the origin of smpconv_mobile51.in1k lacks weights, sha256'),
+    (entries(lambda entry: entry['dataset'].pop('id')), 'where the dataset of smpconv_mobile51.in1k lacks id'),
 ])
 def test_bad_sources(copy, content, message, publishing, capfd):
     path = copy.with_name('sources.yaml')
@@ -447,6 +452,83 @@ def test_a_checkpoint_of_train_py(tmp_path):
     assert header['library_name'] == 'timm' and 'license' not in header and 'datasets' not in header
     assert sorted(path.name for path in tmp_path.iterdir()) == ['last.pth.tar', 'out', 'real']
     assert sorted(path.name for path in (tmp_path / 'real').iterdir()) == [*sources.FILES]
+
+
+def trained(tmp_path, name, **changes):
+    """A checkpoint as the authors' trainer.py saves it, with a state dict of the oracle's."""
+    sd = reference_smp.authors_state_dict(name, **changes)
+    torch.save({'model': sd, 'optimizer': {}, 'lr_scheduler': {}, 'epoch': 200}, tmp_path / 'checkpoint.pt')
+    return sd, [str(tmp_path / 'checkpoint.pt'), '--model', name, '--out', str(tmp_path / 'out')]
+
+
+@pytest.mark.parametrize('name', [
+    'smpconv_tcn_ct', 'smpconv_tcn_sc', *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        'smpconv_resnet_cifar10', 'smpconv_tcn_smnist', 'smpconv_tcn_pmnist', 'smpconv_tcn_scifar10',
+        'smpconv_tcn_scraw'))])
+def test_the_cifar10_and_sequence_networks(name, tmp_path, publishing):
+    """Converted, read back, merged, and published on paper; what the card says and how it loads them."""
+    sd, command = trained(tmp_path, name)
+    listed = unpublished(tmp_path / 'sources.yaml')
+    assert convert.main([*command, '--merged', '--sources', str(listed)]) == 0
+    model, merged = (
+        timm.create_model(f'local-dir:{tmp_path / out}', pretrained=True).eval() for out in ('out', 'out-merged'))
+    x = torch.randn(1, *model.pretrained_cfg['input_size'])
+    with torch.inference_mode():
+        expected = reference_smp.logits(sd, name, x)
+        assert difference(model(x), expected) < 1e-4 and difference(merged(x), expected) < 1e-4
+
+    entry = sources.load_sources()[f'{name}.{timm.get_pretrained_cfg(name).tag}']
+    card = (tmp_path / 'out' / 'README.md').read_text(encoding='utf-8')
+    header = yaml.safe_load(card.split('---\n')[1])
+    assert header.get('pipeline_tag') == entry['dataset']['pipeline']
+    assert header.get('datasets', [None]) == [entry['dataset']['id']]
+    assert f'| {entry["dataset"]["name"]} top-1 (%) | {entry["top1"]} as published for the authors' in card
+    assert f'# {name}.{entry["tag"]}\n' in card and f'{entry["parameters"]:,}' in card and 'ImageNet' not in card
+    code, _ = re.findall(r'```python\n(.*?)```', card, re.DOTALL)
+    names = {}
+    exec(with_address(code, 'DIR').replace('hf-hub:DIR', f'local-dir:{tmp_path / "out"}'), names)
+    if x.shape[2] > 1:
+        mode = 'L' if x.shape[1] == 1 else 'RGB'
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*x.shape[2:], 3), np.uint8)).convert(mode)
+        pixels = torch.from_numpy(np.asarray(image)).reshape(*x.shape[2:], -1).permute(2, 0, 1) / 255
+        mean, std = (torch.tensor(entry['evaluation'][key]).view(-1, 1, 1) for key in ('mean', 'std'))
+        assert difference(names['transform'](image), (pixels - mean) / std) < 1e-6
+    else:
+        assert names['logits'].shape == expected.shape
+
+    status, out, _ = publishing(tmp_path / 'out', entry['hub_id'], '--dry-run')
+    assert status == 0 and 'nothing was uploaded' in out
+    status, _, err = publishing(tmp_path / 'out-merged', entry['hub_id'], '--dry-run')
+    assert status == 1 and 'unmerged, for --repo-id' in err
+
+
+def test_kernels_of_another_length_are_refused(tmp_path, capsys):
+    """Weights of points do not show it: sMNIST and raw Speech Commands have the same shapes."""
+    _, command = trained(tmp_path, 'smpconv_tcn_smnist')
+    assert convert.main([*command, '--model', 'smpconv_tcn_scraw']) == 1
+    assert 'kernels of 16000 samples for smpconv_tcn_scraw, got a train_length of 784' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('name,arguments,message', [
+    ('smpconv_tcn_ct', {'drop_rate': 0.1, 'num_classes': 20}, None),
+    ('smpconv_tcn_ct', {'seq_len': 64}, "got smpconv_tcn_ct with {'seq_len': 64}"),
+    ('smpconv_tcn_smnist', None, 'must hold smpconv_tcn_ct with its own arguments, got smpconv_tcn_smnist with {}'),
+])
+def test_a_checkpoint_of_the_sequence_command(name, arguments, message, tmp_path, capsys):
+    """As its LightningModule saves it: the state dict of timm's model, and the arguments."""
+    model = timm.create_model('smpconv_tcn_ct').eval()
+    settings = {'name': name, 'model_args': arguments, 'lr': 1e-4}
+    torch.save({'state_dict': model.state_dict(), 'hyper_parameters': settings, 'epoch': 1}, tmp_path / 'last.ckpt')
+    command = [str(tmp_path / 'last.ckpt'), '--model', 'smpconv_tcn_ct', '--tag', 'mine']
+    status = convert.main([*command, '--out', str(tmp_path / 'out')])
+    if message:
+        assert status == 1 and message in capsys.readouterr().err
+    else:
+        weights = load_file(tmp_path / 'out' / 'model.safetensors')
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+        card = (tmp_path / 'out' / 'README.md').read_text(encoding='utf-8')
+        assert 'license' not in card and 'top-1' not in card and 'EMA' not in card
 
 
 def without(sd, key):
@@ -632,7 +714,7 @@ def test_the_card_gives_published_accuracy_to_published_weights_alone(weights, k
     entry['origin']['sha256'] = known
     facts = dict(
         published=convert.is_published(entry, True, weights, 'right'), merged=False, parameters=1, origin='here',
-        num_classes=1000, input_size=(3, 224, 224), difference=1e-7)
+        num_classes=1000, input_size=(3, 224, 224), dataset=entry['dataset'], difference=1e-7)
     assert re.search(words, model_card('smpconv_tiny', 'in1k', entry, facts))
 
 
@@ -642,23 +724,24 @@ def test_own_weights_need_a_tag_of_their_own():
         convert.check_entry(entry, timm.create_model('smpconv_tiny', device='meta'), authors=False)
 
 
-@pytest.mark.parametrize('name', IMAGENET_MODELS)
+@pytest.mark.parametrize('name', MODELS)
 def test_sources_list_what_can_be_recomputed(name):
-    entry = sources.load_sources()[f'{name}.in1k']
-    model = timm.create_model(name, device='meta').eval()
-    assert (entry['model'], entry['tag']) == (name, 'in1k') and entry['recipe'] in recipe_names()
-    assert entry['parameters'] == sum(p.numel() for p in model.parameters())
-    assert entry['tensors'] == len(model.state_dict()) and entry['gmacs'] == round(macs(model, 224) / 1e9, 3)
     cfg = timm.get_pretrained_cfg(name)
+    entry = sources.load_sources()[f'{name}.{cfg.tag}']
+    model = timm.create_model(name, device='meta').eval()
+    assert (entry['model'], entry['tag']) == (name, cfg.tag) and entry['recipe'] in recipe_names()
+    assert entry['parameters'] == sum(p.numel() for p in model.parameters())
+    assert entry['tensors'] == len(model.state_dict())
+    assert entry['gmacs'] == round(macs(model, cfg.input_size) / 1e9, 3)
     for key, value in entry['evaluation'].items():
         assert getattr(cfg, key) == (tuple(value) if isinstance(value, list) else value)
-    assert entry['license'] == cfg.license and entry['hub_id'] == f'{pretrained.NAMESPACE}/{name}.in1k'
+    assert entry['license'] == cfg.license and entry['hub_id'] == f'{pretrained.NAMESPACE}/{name}.{cfg.tag}'
     assert cfg.hf_hub_id == (entry['hub_id'] if entry['origin'] or entry['sha256'] else None)
 
 
 def test_sources_and_the_package_agree_on_what_was_published():
     entries = sources.load_sources()
-    assert sorted(entries) == sorted(f'{name}.in1k' for name in IMAGENET_MODELS)
+    assert sorted(entries) == sorted(f'{name}.{timm.get_pretrained_cfg(name).tag}' for name in MODELS)
     listed = {name: entry['sha256'] for name, entry in entries.items() if entry['origin'] or entry['sha256']}
     assert listed == pretrained.BUILT_IN
 

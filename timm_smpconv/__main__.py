@@ -1,16 +1,18 @@
 """The command line: `timm-smpconv` or `python -m timm_smpconv`."""
 import argparse
-import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Callable, List, Optional
 
 import timm
 
-from . import __version__
+from . import __version__, startup
+from .checkpoint import CheckpointError
+from .console import robust_output
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
+
+startup.finished()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -19,15 +21,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
 
     demo = commands.add_parser(
-        'demo', help='train on real handwritten digits, merge, and show what changed',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    demo.add_argument('--model', default='smpconv_mobile31', choices=timm.list_models('smpconv*'))
-    demo.add_argument('--epochs', type=_integer(1, 10_000), default=9)
-    demo.add_argument('--seed', type=_integer(0, 2 ** 32 - 1), default=42)
-    demo.add_argument('--out', type=Path, default=Path('smpconv-demo'), help='folder for checkpoints and picture')
+        'demo', help='train on real handwritten digits, merge, and show what changed')
+    demo.add_argument(
+        '--model', default='smpconv_mobile31', choices=timm.list_models('smpconv*'), help='default: %(default)s')
+    demo.add_argument(
+        '--epochs', type=_integer(1, 10_000), help='by default as many as take about three minutes on two cores')
+    demo.add_argument('--seed', type=_integer(0, 2 ** 32 - 1), default=42, help='default: %(default)s')
+    demo.add_argument(
+        '--out', type=Path, default=Path('smpconv-demo'),
+        help='folder for checkpoints and picture, by default %(default)s')
     demo.set_defaults(run=_demo)
 
-    recipe = commands.add_parser('recipe', help="print the path of a recipe for timm's train.py -c")
+    recipe = commands.add_parser(
+        'recipe', help="print the path of a recipe for timm's train.py -c or for sequence fit --config")
     recipe.add_argument('name', nargs='?', metavar='NAME', help='without it, the names of all recipes are listed')
     recipe.set_defaults(run=_recipe)
 
@@ -42,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     digits = commands.add_parser('digits', help='write real handwritten digits as folders of images')
     digits.add_argument('folder', type=Path, metavar='DIR', help='an empty folder or a new one')
     digits.set_defaults(run=_digits)
+
+    sequence = commands.add_parser(
+        'sequence', help='train, validate or test a sequence network with PyTorch Lightning', add_help=False,
+        prefix_chars='\0')  # all arguments, options too, are Lightning's
+    sequence.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS')
+    sequence.set_defaults(run=_sequence)
     return parser
 
 
@@ -70,16 +82,16 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+@robust_output()
 def _recipe(args: argparse.Namespace) -> int:
     if args.name is None:
-        _print('\n'.join(recipe_names()))
+        print('\n'.join(recipe_names()))
         return 0
     try:
-        path = recipe_path(args.name)
+        print(recipe_path(args.name))
     except ValueError as error:
         print(f'timm-smpconv recipe: {error}', file=sys.stderr)
         return 2
-    _print(str(path))
     return 0
 
 
@@ -92,6 +104,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+@robust_output()
 def _digits(args: argparse.Namespace) -> int:
     try:
         from .digits import write_digits  # needs the extra `demo`
@@ -103,39 +116,36 @@ def _digits(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f'timm-smpconv digits: {error}', file=sys.stderr)
         return 1
-    _print(f'{len(images)} images in {args.folder}')
+    print(f'{len(images)} images in {args.folder}')
     return 0
 
 
-def _print(text: str) -> None:
-    """Print a line that may hold a path, for whose characters standard output may have no encoding."""
-    with suppress(BrokenPipeError):  # raised here if standard output is unbuffered, else in _flush
-        try:
-            print(text)
-        except UnicodeEncodeError:
-            sys.stdout.buffer.write(os.fsencode(f'{text}\n'))
-
-
-def _flush() -> None:
-    """Flush standard output. If the reader of the pipe has left (`timm-smpconv recipe | head`), drop the rest."""
+def _sequence(args: argparse.Namespace) -> int:
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from .sequences import DataError  # needs the extra `sequences`
+        from .sequences.cli import run
+    except ModuleNotFoundError as error:
+        print(f'timm-smpconv sequence: {error.name} is missing; it comes with the extra "sequences"', file=sys.stderr)
+        return 1
+    try:
+        run(args.args)
+    except (DataError, CheckpointError) as error:
+        print(f'timm-smpconv sequence: {error}', file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     command = ''
     try:
-        args = _parser().parse_args(argv)
+        with robust_output():
+            args = _parser().parse_args(argv)
         command = f' {args.command}'
         return args.run(args)
     except KeyboardInterrupt as error:
         details = f', {error}' if str(error) else ''
         print(f'\ntimm-smpconv{command}: interrupted{details}', file=sys.stderr)
         return 130
-    finally:
-        _flush()
 
 
 if __name__ == '__main__':

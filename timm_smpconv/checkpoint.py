@@ -56,9 +56,9 @@ class CheckpointError(RuntimeError):
 
 
 class CheckedLoading(nn.Module):
-    """Base class of models that `load_state_dict` leaves unchanged when it raises.
+    """Base class of models and layers that `load_state_dict` leaves unchanged when it raises.
 
-    A model inside a larger module is checked before any of its own weights are loaded; modules in front of it are
+    Inside a larger module each is checked before any of its own weights are loaded; modules in front of it are
     loaded by then. PyTorch reports missing and unexpected keys only after it has loaded the others: they are found in
     time only if `load_state_dict` is called on the model itself.
     """
@@ -273,10 +273,9 @@ def check_before_loading(
     Raises:
         CheckpointError: A shape, a dtype, a layout or a value does not fit, or only one of both is merged.
     """
-    expected = module.state_dict()
-    part = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    _check_merged(part, expected)
-    _check_values(part, expected)
+    expected = {prefix + key: value for key, value in module.state_dict().items()}
+    _check_merged([key for key in state_dict if key.startswith(prefix)], expected)
+    _check_values(state_dict, expected)
 
 
 def _unreadable(path: Union[str, Path], error: Exception) -> CheckpointError:

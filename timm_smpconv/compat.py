@@ -5,12 +5,12 @@ This is the only module that imports private names of timm. Each function says w
 import hashlib
 import logging
 from pathlib import Path
-from typing import List, Optional, Tuple, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 from timm.optim import OptimInfo
 
-__all__ = ['feature_take_indices', 'file_sha256', 'register_optimizer']
+__all__ = ['feature_take_indices', 'file_sha256', 'register_dataset', 'register_optimizer']
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +33,29 @@ def register_optimizer(info: OptimInfo) -> None:
         _logger.warning(
             'timm has no optimizer named %s: its registry was not found (%s). Use the class %s instead',
             info.name, error, getattr(info.opt_class, '__name__', info.opt_class))
+
+
+def register_dataset(name: str, dataset: Callable[..., Any]) -> None:
+    """Register a dataset with timm, so that `create_dataset` and `train.py --dataset` find it as `torch/NAME`.
+
+    timm's table is private. If it is gone, this logs a warning, and timm raises its own error for the name.
+
+    Args:
+        name: Lower case, without 'torch/'.
+        dataset: Called with root, train and download.
+
+    Example:
+        >>> from timm.data import create_dataset
+        >>> from timm_smpconv.compat import register_dataset
+        >>> register_dataset('three', lambda root, train, download: [1, 2, 3])
+        >>> create_dataset('torch/three')
+        [1, 2, 3]
+    """
+    try:
+        from timm.data.dataset_factory import _TORCH_BASIC_DS
+        _TORCH_BASIC_DS[name] = dataset
+    except (ImportError, TypeError) as error:
+        _logger.warning('timm has no dataset torch/%s: its table of datasets was not found (%s)', name, error)
 
 
 def feature_take_indices(

@@ -8,7 +8,7 @@ __all__ = ['robust_output']
 
 
 class _Robust:
-    """A text stream that drops what nobody reads, and escapes characters that its encoding lacks."""
+    """A text stream that drops what nobody reads, and encodes as file names what its own encoding cannot."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -17,9 +17,12 @@ class _Robust:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        encoding = self._stream.encoding or 'utf-8'
         try:
-            self._stream.write(text.encode(encoding, 'backslashreplace').decode(encoding))
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                self._stream.flush()
+                self._stream.buffer.write(os.fsencode(text))
             self._stream.flush()
         except BrokenPipeError:  # from here on, and at exit, the stream writes to the null device
             null = os.open(os.devnull, os.O_WRONLY)
@@ -31,6 +34,8 @@ class _Robust:
 @contextmanager
 def robust_output() -> Generator[None, None, None]:
     """Let the program go on where its output cannot: the reader has gone (`| head -n 1`), or knows ASCII only.
+
+    Every line is flushed. Paths come out as the bytes that they have on the disk, whatever the encoding.
 
     Example:
         >>> with robust_output():

@@ -1,11 +1,13 @@
 """The demo: train on scikit-learn's real handwritten digits, merge, and show what changed.
 
-Shapes: images (B, 1, 48, 48), logits (B, 10).
+The sequence networks read the images row by row, as sequences of 64 pixels.
+
+Shapes: images (B, 1, H, W), logits (B, 10).
 """
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple, cast
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, cast
 
 import timm
 import torch
@@ -22,15 +24,32 @@ from tqdm import tqdm
 from .console import robust_output
 from .digits import digits
 from .files import replace_together
-from .plot import Points, draw_kernels
+from .kernel import SMPKernel
+from .plot import Picture, draw_kernels, picture_of
 
 FILES = ('model.safetensors', 'merged.safetensors', 'kernels.png')
-IMAGE_SIZE = 48
 BATCH_SIZE = 32
-LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 EMA_DECAY = 0.97
+
+
+class _Setup(NamedTuple):
+    """How a network is trained here, in about three minutes on two cores."""
+    epochs: int
+    learning_rate: float
+    image_size: int
+    model_args: Dict[str, Any]  # to load its weights, too
+    start_args: Dict[str, Any]
+
+
+def _setup(name: str) -> _Setup:
+    if name.startswith('smpconv_tcn'):
+        # The radii of the presets are for longer sequences: here they would reach no sample.
+        return _Setup(20, 4e-3, 8, dict(seq_len=64), dict(radius=None))
+    if name.startswith('smpconv_resnet'):
+        return _Setup(6, 2e-3, 16, {}, {})
+    return _Setup(9, 2e-3, 48, {}, {})
 
 
 class Digits(torch.utils.data.Dataset):
@@ -47,9 +66,9 @@ class Digits(torch.utils.data.Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def _loader(dataset: Digits, training: bool) -> torch.utils.data.DataLoader:
+def _loader(dataset: Digits, size: int, training: bool) -> torch.utils.data.DataLoader:
     shared: Dict[str, Any] = dict(
-        input_size=(1, IMAGE_SIZE, IMAGE_SIZE), interpolation='bilinear', mean=(0.3,), std=(0.37,), crop_pct=1.,
+        input_size=(1, size, size), interpolation='bilinear', mean=(0.3,), std=(0.37,), crop_pct=1.,
         color_jitter=None)
     loader = create_loader(
         cast(Any, dataset), shared['input_size'], BATCH_SIZE, is_training=training, use_prefetcher=False, num_workers=0,
@@ -70,13 +89,19 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _train(model: nn.Module, epochs: int, train: torch.utils.data.DataLoader, held_out) -> nn.Module:
+def _train(
+        model: nn.Module,
+        epochs: int,
+        learning_rate: float,
+        train: torch.utils.data.DataLoader,
+        held_out: torch.utils.data.DataLoader,
+) -> nn.Module:
     """Train a model in place, and return the moving average of its weights as a model."""
     ema = ModelEmaV3(model, decay=EMA_DECAY)
-    optimizer = create_optimizer_v2(model, 'smpadamw', lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = create_optimizer_v2(model, 'smpadamw', lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=epochs, warmup_epochs=min(2, epochs - 1), warmup_lr=LEARNING_RATE / 20,
-        min_lr=LEARNING_RATE / 100, step_on_epochs=False, updates_per_epoch=len(train))
+        optimizer, 'cosine', num_epochs=epochs, warmup_epochs=min(2, epochs - 1), warmup_lr=learning_rate / 20,
+        min_lr=learning_rate / 100, step_on_epochs=False, updates_per_epoch=len(train))
     criterion = LabelSmoothingCrossEntropy(LABEL_SMOOTHING)
     updates = 0
     with tqdm(total=epochs * len(train), unit='update') as bar:
@@ -113,19 +138,24 @@ def _milliseconds(models: List[nn.Module], x: torch.Tensor, rounds: int = 15) ->
     return [statistics.median(record[2:]) for record in times]
 
 
-def _points(model: Any) -> Dict[str, Points]:
-    """The points of channel 0 in the first kernel of each stage but the last, whose feature maps are tiny here."""
-    return {
-        f'stage {i}, channel 0': (
-            *(p.detach().clone() for p in (kernel.coords, kernel.radius, kernel.weight[:, :1])), tuple(kernel.size))
-        for i, kernel in enumerate(s.blocks[0].dwconv.large.conv.kernel for s in model.stages[:3])}
+def _pictures(model: nn.Module) -> Dict[str, Picture]:
+    """Where a kernel is → its first channel: the network's first kernel, and the first behind each third of them."""
+    kernels = [(name, module) for name, module in model.named_modules() if isinstance(module, SMPKernel)]
+    chosen = (kernels[len(kernels) * i // 3] for i in range(3))
+    return {f'{name.removesuffix(".large.conv.kernel")}, channel 0': picture_of(kernel) for name, kernel in chosen}
 
 
-def run(name: str, epochs: int, seed: int, out: Path) -> float:
+def run(name: str, epochs: Optional[int], seed: int, out: Path) -> float:
     """Train model `name`, merge it, print a comparison, and write checkpoints and a picture to `out`.
 
     All three files are written, or none: earlier ones stay as they are until then. They are written even if the reader
     of the output has gone (`| head -n 1`).
+
+    Args:
+        name: One of this package's models.
+        epochs: By default as many as take about three minutes on two cores.
+        seed: Of all random numbers.
+        out: A folder, which is created if it does not exist.
 
     Returns:
         Held-out accuracy of the merged model.
@@ -134,15 +164,19 @@ def run(name: str, epochs: int, seed: int, out: Path) -> float:
         OSError: The files cannot be written to `out`. Found before training where possible.
         KeyboardInterrupt: Interrupted by Ctrl-C, SIGTERM or SIGHUP. Its message says what was written.
     """
-    out = Path(out)
+    out, setup = Path(out), _setup(name)
     with robust_output():
         with replace_together(out, FILES, _check_no_folder) as folder:
-            accuracy = _run(name, epochs, seed, folder)
+            accuracy = _run(name, setup, epochs or setup.epochs, seed, folder)
         print(f'wrote {", ".join(FILES[:-1])} and {FILES[-1]} to {out}/; to load:')
-        arguments = f'"{name}", num_classes=10, in_chans=1'
+        arguments = ', '.join([f'"{name}"', *(f'{k}={v}' for k, v in _model_args(setup).items())])
         print(f'  timm.create_model({arguments}, checkpoint_path="{out / FILES[0]}")')
         print(f'  timm.create_model({arguments}, inference_mode=True, checkpoint_path="{out / FILES[1]}")')
     return accuracy
+
+
+def _model_args(setup: _Setup) -> Dict[str, Any]:
+    return dict(num_classes=10, in_chans=1, **setup.model_args)
 
 
 def _check_no_folder(path: Path) -> None:
@@ -157,19 +191,22 @@ def _save(model: nn.Module, file: Path) -> None:
         raise OSError(f'could not write {file.name}: {error}') from error
 
 
-def _run(name: str, epochs: int, seed: int, folder: Path) -> float:
+def _run(name: str, setup: _Setup, epochs: int, seed: int, folder: Path) -> float:
     random_seed(seed)
     datasets = Digits(training=True), Digits(training=False)
-    train, held_out = _loader(datasets[0], training=True), _loader(datasets[1], training=False)
-    model = timm.create_model(name, num_classes=10, in_chans=1).to(memory_format=torch.channels_last)
+    size = setup.image_size
+    train, held_out = (_loader(dataset, size, training=dataset is datasets[0]) for dataset in datasets)
+    model = timm.create_model(name, **_model_args(setup), **setup.start_args)
+    model = model.to(memory_format=torch.channels_last)
+    form = ', read row by row' if 'seq_len' in setup.model_args else ''
     print(
-        f'{name} from scratch on {len(datasets[0]):,} handwritten digits of {IMAGE_SIZE}x{IMAGE_SIZE}, '
+        f'{name} from scratch on {len(datasets[0]):,} handwritten digits of {size}x{size}{form}, '
         f'{len(datasets[1])} held out; seed {seed}, {torch.get_num_threads()} threads, torch {torch.__version__}')
-    before = _points(model)
+    before = _pictures(model)
     start = time.perf_counter()
-    model = _train(model, epochs, train, held_out)
+    model = _train(model, epochs, setup.learning_rate, train, held_out)
     seconds = time.perf_counter() - start
-    after = _points(model)
+    after = _pictures(model)
 
     merged = reparameterize_model(model.eval())
     (logits, labels), (merged_logits, _) = _logits(model, held_out), _logits(merged, held_out)

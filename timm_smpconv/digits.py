@@ -1,12 +1,12 @@
 """scikit-learn's 1,797 real handwritten digits, 8×8 pixels, as images."""
-import shutil
-import tempfile
-from contextlib import suppress
+import os
 from pathlib import Path
 from typing import List, Tuple
 
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from .files import is_ours, replace_together
 
 __all__ = ['digits', 'write_digits']
 
@@ -45,6 +45,7 @@ def write_digits(folder: Path) -> List[Path]:
 
     Raises:
         FileExistsError: The folder is not empty, or is not a folder.
+        KeyboardInterrupt: Interrupted by Ctrl-C, SIGTERM or SIGHUP. Its message says what was written.
 
     Example:
         >>> import tempfile
@@ -54,43 +55,22 @@ def write_digits(folder: Path) -> List[Path]:
         1797
     """
     folder = Path(folder)
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise FileExistsError(f'DIR must be an empty folder or a new one, got {folder}, which is no folder') from error
-    present = next(folder.iterdir(), None)
-    if present is not None:
-        raise FileExistsError(f'DIR must be an empty folder or a new one, got {folder}, which holds {present.name}')
-    try:
-        return _write_whole(folder)
-    except BaseException:
-        with suppress(OSError):  # raised if another process has put something there
-            for path in created:
-                path.rmdir()
-        raise
+    rule = f'DIR must be an empty folder or a new one, got {folder}'
+    present = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not present.is_dir():
+        raise FileExistsError(f'{rule}, which is no folder')
 
+    def check_empty(path: Path) -> None:
+        for other in folder.iterdir():
+            if not is_ours(other):
+                raise FileExistsError(f'{rule}, which holds {other.name}')
 
-def _write_whole(folder: Path) -> List[Path]:
-    """Write into a temporary folder inside `folder`, which itself cannot be replaced where it is a mount point."""
-    staging = Path(tempfile.mkdtemp(prefix='.digits-', dir=folder))
-    written: List[Path] = []
-    complete = False
-    try:
+    written = []
+    with replace_together(folder, list(SPLITS), check_empty) as new:
         for split, training in SPLITS.items():
             for i, (image, label) in enumerate(zip(*digits(training))):
                 path = Path(split, str(label), f'{i:04}.png')
-                (staging / path).parent.mkdir(parents=True, exist_ok=True)
-                image.save(staging / path)
+                (new / path).parent.mkdir(parents=True, exist_ok=True)
+                image.save(new / path)
                 written.append(folder / path)
-        complete = True
-        for split in SPLITS:
-            (staging / split).rename(folder / split)
-        staging.rmdir()
-    except BaseException:
-        for split in SPLITS:
-            if complete and not (staging / split).exists():  # it was moved, so the one in `folder` is ours
-                shutil.rmtree(folder / split, ignore_errors=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return written

@@ -1,6 +1,6 @@
-"""Replaces a set of files or folders: all of them or none.
+"""Replaces a file, or a set of files or folders: all of them or none.
 
-Everything happens by renaming within one folder:
+For a set, everything happens by renaming within one folder:
 
     FOLDER/
       NAME, ...                       what is replaced
@@ -29,9 +29,42 @@ from typing import Any, Callable, Dict, Generator, Sequence
 if sys.platform != 'win32':
     import fcntl
 
-__all__ = ['replace_together']
+__all__ = ['is_ours', 'replace_together', 'write_whole']
 
 _PREFIX = '.timm-smpconv'
+_ATTEMPTS = 1000  # to take a lock. One fails when the process that held it deletes the file, so many may
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file or folder is one that `replace_together` keeps beside its results while it works.
+
+    Example:
+        >>> is_ours(Path('folder/.timm-smpconv.lock'))
+        True
+    """
+    return path.name.startswith(_PREFIX)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, or leave the earlier one as it is.
+
+    Raises:
+        OSError: The file could not be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_whole(Path(folder, 'a'), b'new')
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['a']
+    """
+    part = path.with_name(f'{path.name}.{secrets.token_hex(4)}.part')
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -40,8 +73,8 @@ def replace_together(folder: Path, names: Sequence[str], check: Callable[[Path],
 
     On an error or an interrupt, earlier files stay as they are and new ones are deleted. SIGTERM and SIGHUP act as
     Ctrl-C does; once files move, they wait until all are in place. Several processes may write to the same place at
-    once; the last one to finish wins. (There is no lock on Windows.) New files and folders get the permissions that the
-    umask gives.
+    once; the last one to finish wins. (Windows has no such lock: there, run one process at a time.) New files and
+    folders get the permissions that the umask gives, where the file system has permissions.
 
     Args:
         folder: Where the results go. Created if missing, and removed again if nothing was written.
@@ -133,9 +166,7 @@ class _Interrupts:
 
 def _replace(staging: Path, inodes: Dict[str, int]) -> None:
     journal = staging / 'journal'
-    part = staging / 'journal.part'
-    part.write_text(json.dumps(inodes), encoding='utf-8')
-    part.replace(journal)
+    write_whole(journal, json.dumps(inodes).encode())
     for name in inodes:
         target = staging.parent / name
         if os.path.lexists(target):
@@ -197,7 +228,7 @@ def _lock(folder: Path) -> Generator[None, None, None]:
         yield
         return
     path = folder / f'{_PREFIX}.lock'
-    while True:
+    for _ in range(_ATTEMPTS):
         with path.open('w') as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _has_inode(path, os.fstat(file.fileno()).st_ino):  # deleted by the process that held it
@@ -207,10 +238,12 @@ def _lock(folder: Path) -> Generator[None, None, None]:
             finally:
                 path.unlink()
             return
+    raise OSError(f'{path} must have one inode number for its path and when it is open, got two {_ATTEMPTS} times')
 
 
 def _apply_umask(new: Path) -> None:
     """Give all files the permissions of ordinary ones: safetensors writes files that only their owner may read."""
     mode = stat.S_IMODE(new.stat().st_mode)  # of an ordinary mkdir
     for path in new.rglob('*'):
-        path.chmod(mode if path.is_dir() else mode & 0o666)
+        with suppress(OSError):  # a file system without permissions, such as vfat
+            path.chmod(mode if path.is_dir() else mode & 0o666)

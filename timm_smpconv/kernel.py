@@ -81,8 +81,12 @@ def _render_windows(
     with torch.no_grad():
         first = ((coords[..., 0] - radius + 1) * ((size - 1) / 2)).floor().long()  # (G, P)
         index = first.clamp(0, size - window).unsqueeze(-1) + torch.arange(window, device=coords.device)  # (G, P, W)
-    t = grid(size, coords.device, coords.dtype)[index]  # (G, P, W)
-    basis = F.relu(1 - (coords - t).abs() / radius.unsqueeze(-1))  # (G, P, W)
+    # In two parts, since a float32 near 1 is rounded by 3e-8, which is not small beside a radius of 0.0002.
+    exact = grid(size, dtype=torch.float64)
+    t = exact.to(coords.dtype)
+    rest = (exact - t).to(coords.dtype)
+    distance = (coords - t.to(coords.device)[index] - rest.to(coords.device)[index]).abs()  # (G, P, W)
+    basis = F.relu(1 - distance / radius.unsqueeze(-1))  # (G, P, W)
     index = index.flatten(1)  # (G, P * W)
     if average:
         reached = (basis > 0).flatten(1).to(basis.dtype)

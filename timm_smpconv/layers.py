@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, SelectAdaptivePool2d, to_2tuple
 
 from . import folding
+from .checkpoint import CheckedLoading
 from .folding import Convolution, absorb, affine, forward_of, refused
 from .kernel import SMPKernel
 from .merged import (
@@ -109,7 +110,7 @@ class DepthwiseConv2d(nn.Conv2d):
         return depthwise_conv2d(x, self.weight, self.bias)
 
 
-class _SMPConv(nn.Module):
+class _SMPConv(CheckedLoading):
     """What `SMPConv1d` and `SMPConv2d` share: the kernel, the bias, rendering and merging."""
 
     def __init__(
@@ -376,7 +377,7 @@ class ConvNorm(nn.Module):
         return merged
 
 
-class _RepConv(nn.Module):
+class _RepConv(CheckedLoading):
     """A large SMP branch and a small convolution branch, each with a BatchNorm, added; merges into one convolution."""
 
     def __init__(self, large: ConvNorm, small: ConvNorm):

@@ -198,7 +198,7 @@ def conv1d(
         padding: int = 0,
         groups: int = 1,
         causal: bool = False,
-        packed: Optional[PackedKernel] = None,
+        packed: Optional[Any] = None,  # TorchScript cannot read `PackedKernel`
 ) -> torch.Tensor:
     """`F.conv1d`, by `causal_conv1d` where it keeps the length.
 
@@ -216,8 +216,8 @@ def conv1d(
         (B, O, L').
     """
     k = weight.shape[2]
-    same = stride == 1 and padding == k // 2 and k % 2 == 1
-    if torch.jit.is_scripting() or not (same or (causal and stride == 1)):
+    standard = torch.jit.is_scripting() or torch.jit.is_tracing() or stride != 1
+    if standard or not (causal or (padding == k // 2 and k % 2 == 1)):
         if causal:
             x, padding = F.pad(x, [k - 1, 0]), 0
         return F.conv1d(x, weight, bias, [stride], [padding], groups=groups)

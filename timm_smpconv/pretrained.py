@@ -19,7 +19,17 @@ NAMESPACE = 'timm-smpconv'  # of the built-in weights, as timm-smpconv/smpconv_t
 FILE = 'model.safetensors'
 # model.tag of the weights that have a source (weights/sources.yaml) → sha256 of the published file, None before it is
 # published: `pretrained=True` accepts no other file.
-BUILT_IN: Dict[str, Optional[str]] = {'smpconv_tiny.in1k': None, 'smpconv_base.in1k': None}
+BUILT_IN: Dict[str, Optional[str]] = {
+    'smpconv_tiny.in1k': None,
+    'smpconv_base.in1k': None,
+    'smpconv_resnet_cifar10.cifar10': None,
+    'smpconv_tcn_smnist.mnist': None,
+    'smpconv_tcn_pmnist.mnist': None,
+    'smpconv_tcn_scifar10.cifar10': None,
+    'smpconv_tcn_ct.character_trajectories': None,
+    'smpconv_tcn_sc.speech_commands': None,
+    'smpconv_tcn_scraw.speech_commands': None,
+}
 _LOCATIONS = ('state_dict', 'file', 'hf_hub_id', 'url')  # in timm's order of preference
 _ARCHIVES = ('.bin', '.pth', '.tar')  # what timm reads from a folder that has no .safetensors file
 # The client's own errors, those of its HTTP library, which depends on its version, and those of hf_xet.
@@ -73,7 +83,7 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             _declare_classes(overlay, kwargs, cfg, cfg.hf_hub_id, count_classes(_read_shapes(path)))
     elif cfg.url:
         _declare_classes(overlay, kwargs, cfg, str(cfg.url))
-    elif f'{variant}.in1k' in BUILT_IN:
+    elif any(name.startswith(f'{variant}.') for name in BUILT_IN):
         raise CheckpointError('pretrained_cfg must name weights by file, url or hf_hub_id, got none of them')
     else:
         raise CheckpointError(

@@ -1,4 +1,8 @@
-"""The recipes: YAML files with which timm's `train.py -c FILE` reproduces the paper's training."""
+"""The recipes: YAML files with the paper's training.
+
+Those of the sequence networks are for `timm-smpconv sequence fit --config FILE`, the others for timm's
+`train.py -c FILE`.
+"""
 from pathlib import Path
 from typing import List
 

@@ -12,6 +12,7 @@ from unittest import mock
 import timm
 import yaml
 
+from .files import write_whole
 from .merged import merging_in_training_mode
 
 __all__ = ['ScriptError', 'find_script', 'run_script']
@@ -72,12 +73,7 @@ def _download(url: str, path: Path) -> None:
     if b'import ' not in source:
         raise SyntaxError('not a script')  # but a page of a proxy, say
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f'.{os.getpid()}.part')
-    try:
-        part.write_bytes(source)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, source)
     print(f'{len(source)} bytes in {path}', file=sys.stderr)
 
 

@@ -111,6 +111,9 @@ class SMPResNet(SMPNet):
             raise ValueError(f'in_chans must be at least 1, got {in_chans}')
         if not isinstance(dims, Sequence) or len(dims) < 1 or min(dims) < 1:
             raise ValueError(f'dims must be integers, one for each block, all at least 1, got {dims}')
+        for name, rate in (('drop_rate', drop_rate), ('input_drop_rate', input_drop_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f'{name} must be at least 0 and below 1, got {rate}')
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate

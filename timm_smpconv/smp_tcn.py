@@ -63,7 +63,7 @@ class SequenceStem(Stem):
         check_sequences(x, self.in_chans, self.seq_len, self.permutation is not None)
         permutation = self.permutation
         if permutation is not None:
-            x = x[..., permutation]
+            x = x[:, :, permutation]
         return self.drop(x)
 
 
@@ -156,6 +156,9 @@ class SMPTCN(SMPNet):
         if not 2 <= length <= seq_len:
             raise ValueError(
                 f'kernel_size must be at least 2 and at most seq_len = {seq_len}, which is its default, got {length}')
+        for name, rate in (('drop_rate', drop_rate), ('input_drop_rate', input_drop_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f'{name} must be at least 0 and below 1, got {rate}')
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.seq_len = seq_len

@@ -15,27 +15,34 @@ def model_card(model: str, tag: str, entry: Optional[Dict[str, Any]], facts: Dic
         tag: 'in1k'.
         entry: These weights' entry in sources.yaml, if there is one.
         facts: What was converted: 'parameters', 'merged', 'origin' (a phrase), 'published' (whether these are the
-            weights whose top-1 the entry gives; None if not known), 'num_classes', 'input_size', 'difference'.
+            weights whose top-1 the entry gives; None if not known), 'num_classes', 'input_size', 'difference', and
+            'dataset' (of these weights, as sources.yaml has it; None if it has none of this tag).
     """
     repo_id = entry['hub_id'] if entry and not facts['merged'] else f'ORG/{model}.{tag}'
-    on_imagenet = tag.startswith('in1k')
-    header = {
+    channels, height, width = facts['input_size']
+    images = height > 1
+    dataset = facts['dataset'] or {'id': None, 'pipeline': 'image-classification' if images else None}
+    header: Dict[str, Any] = {
         'library_name': 'timm',
-        **({'license': entry['license']} if entry else {}),
-        'pipeline_tag': 'image-classification',
-        'tags': ['image-classification', 'timm', 'smpconv', 'large-kernel'],
+        'license': entry['license'] if entry else None,
+        'pipeline_tag': dataset['pipeline'],
+        'tags': [word for word in (dataset['pipeline'], 'timm', 'smpconv', 'large-kernel') if word],
+        'datasets': [dataset['id']] if dataset['id'] else None,
+        'metrics': ['accuracy'] if facts['dataset'] else None,
     }
-    if on_imagenet:
-        header.update(datasets=['imagenet-1k'], metrics=['accuracy'])
+    header = {key: value for key, value in header.items() if value}
+    size = f'{height}×{width}' if images else f'{width} samples'
     rows = [
         ('parameters', f'{facts["parameters"]:,}'),
         ('classes', facts['num_classes']),
-        ('evaluation image size', '×'.join(str(n) for n in facts['input_size'][1:])),
+        ('evaluation image size', size) if images else ('input, channels × samples', f'{channels}×{width}'),
     ]
     if entry:
+        if 'input' in entry:
+            rows.append(('what the network reads', entry['input']))
         if not facts['merged']:
-            rows.append(('GMACs at 224×224', entry['gmacs']))
-        rows.append(('ImageNet-1k top-1 (%)', _top1(entry, facts['published'])))
+            rows.append((f'GMACs at {size}', entry['gmacs']))
+        rows.append((f'{entry["dataset"]["name"]} top-1 (%)', _top1(entry, facts['published'])))
     rows += [
         ('origin', facts['origin']),
         ('largest difference from the origin\'s logits', f'{facts["difference"]:.0e}, relative to the largest logit'),
@@ -43,8 +50,8 @@ def model_card(model: str, tag: str, entry: Optional[Dict[str, Any]], facts: Dic
     table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
     body = f'''# {model}.{tag}{" (merged)" if facts["merged"] else ""}
 
-An SMPConv image classification model ([CVPR 2023]({PAPER})). Its large convolution
-kernels are interpolated from points whose positions are learned.{_MERGED if facts["merged"] else ""}
+An SMPConv classification model ([CVPR 2023]({PAPER})). Its large convolution kernels are interpolated from points whose
+positions are learned.{_MERGED if facts["merged"] else ""}
 
 | | |
 |---|---|
@@ -55,12 +62,7 @@ kernels are interpolated from points whose positions are learned.{_MERGED if fac
 The model is in the package `timm-smpconv`; import it first:
 
 ```python
-import timm
-import timm_smpconv  # registers the models
-
-model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
+{(_IMAGES if images else _SERIES).format(repo_id=repo_id, channels=channels, samples=width)}```
 {"" if facts["merged"] else _MERGE}
 ## Citation
 
@@ -76,12 +78,29 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
     return f'---\n{yaml.safe_dump(header, sort_keys=False)}---\n{body}'
 
 
+_IMAGES = '''import timm
+import timm_smpconv  # registers the models
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+'''
+
+_SERIES = '''import timm
+import torch
+import timm_smpconv  # registers the models
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
+series = torch.randn(1, {channels}, {samples})  # in place of your data: (batch, channels, samples)
+with torch.inference_mode():
+    logits = model(series)
+'''
+
 _MERGED = '''
-Each large kernel, its parallel 5×5 branch and all BatchNorms are merged into plain convolutions: the same logits,
+Each large kernel, the small one beside it and all BatchNorms are merged into plain convolutions: the same logits,
 faster. This model is for inference only and cannot be trained further.'''
 
 _MERGE = '''
-For deployment, merge each large kernel with its parallel 5×5 branch and all BatchNorms. The logits stay the same:
+For deployment, merge each large kernel with the small one beside it and all BatchNorms. The logits stay the same:
 
 ```python
 merged = timm.utils.reparameterize_model(model)

@@ -3,7 +3,8 @@
     python weights/convert.py SMPConv_T.pth --model smpconv_tiny --out smpconv_tiny.in1k
 
 The folder holds model.safetensors, config.json and the model card README.md. It is written only if every key was used
-and the model read back from it gives the logits that the checkpoint gives in the plain network of tests/reference.py.
+and the model read back from it gives the logits that the checkpoint gives in the plain networks of the tests
+(tests/reference.py, tests/reference_smp.py).
 """
 import sys
 
@@ -23,10 +24,20 @@ try:
     ROOT = Path(__file__).parent.parent
     sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]  # the package of this checkout, and the oracle of its tests
     import reference
+    import reference_smp
     from card import model_card
     from sources import FILES, SOURCES, SourcesError, load_sources
 
-    from timm_smpconv.checkpoint import CheckpointError, checkpoint_filter_fn, read_checkpoint, select_weights
+    from timm_smpconv import SMPTCN
+    from timm_smpconv.checkpoint import (
+        CheckpointError,
+        checkpoint_filter_fn,
+        count_classes,
+        count_inputs,
+        is_authors_layout,
+        read_checkpoint,
+        select_weights,
+    )
     from timm_smpconv.compat import file_sha256
     from timm_smpconv.console import robust_output
     from timm_smpconv.files import replace_together
@@ -36,7 +47,6 @@ except KeyboardInterrupt:  # these imports take seconds
 
 TOLERANCE = 1e-4  # of the logits, relative to the largest one
 SETTINGS = ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')
-SIZES = ((224, 224), (160, 256))
 Model = Any  # an nn.Module with what timm adds to it: num_classes, in_chans, pretrained_cfg
 
 
@@ -49,7 +59,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='.pth, .pt, .pth.tar or .safetensors')
     parser.add_argument('--model', required=True, choices=timm.list_models('smpconv*'))
     parser.add_argument(
-        '--tag', default='in1k', help='what it was trained on; a tag of sources.yaml or your own (%(default)s)')
+        '--tag', help='what it was trained on; a tag of sources.yaml or your own (that of the published weights)')
     parser.add_argument('--weights', choices=['ema', 'model'], help='which to take if the checkpoint has both (ema)')
     parser.add_argument('--merged', action='store_true', help='write the merged model to OUT-merged as well')
     parser.add_argument('--out', required=True, type=Path, help='the folder to write')
@@ -68,9 +78,18 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def convert(
-        checkpoint: Path, name: str, tag: str, weights: Optional[str], merged: bool, out: Path, sources: Path) -> None:
+        checkpoint: Path,
+        name: str,
+        tag: Optional[str],
+        weights: Optional[str],
+        merged: bool,
+        out: Path,
+        sources: Path,
+) -> None:
     """See the top of this file; the arguments are those of the command line."""
-    entry = load_sources(sources).get(f'{name}.{tag}')
+    listed = load_sources(sources)
+    tag = tag or timm.get_pretrained_cfg(name).tag
+    entry = listed.get(f'{name}.{tag}')
     out = out.resolve()
     outs = [out, out.parent / f'{out.name}-merged'] if merged else [out]
     written = []
@@ -81,9 +100,10 @@ def convert(
         source, kind = select_weights(content, weights)
         source = {
             k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in source.items()}
-        authors = any('.large_kernel.' in key for key in source)
+        authors = is_authors_layout(source)
         sha256 = file_sha256(checkpoint)
         model = build(name, tag, source)
+        check_task(name, content, source)
         if not authors and isinstance(content.get('args'), argparse.Namespace):  # as train.py evaluated it
             settings = resolve_data_config(vars(content['args']), model=model)
             settings['input_size'] = (model.in_chans, *settings['input_size'][1:])
@@ -98,8 +118,9 @@ def convert(
                       f'the layout of {"the authors" if authors else "timm-smpconv"}, sha256 {sha256}',
             'num_classes': model.num_classes,
             'input_size': model.pretrained_cfg['input_size'],
+            'dataset': next((other['dataset'] for other in listed.values() if tag.startswith(other['tag'])), None),
         }
-        expected = [(x, oracle(source, name, x)) for x in images(model)]
+        expected = [(x, oracle(source, name, x)) for x in inputs(model)]
         for target in outs:
             is_merged = target != out
             if is_merged:
@@ -140,17 +161,33 @@ def check_replaceable(out: Path, checkpoint: Path) -> None:
 
 def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
     """The model with these weights, in evaluation mode. The checkpoint decides its classes and input channels."""
-    classifier = source.get('head.weight', source.get('head.fc.weight'))
-    stem = source.get('stem.0.conv.weight')
-    if not (
-            isinstance(classifier, torch.Tensor) and isinstance(stem, torch.Tensor)
-            and classifier.ndim >= 2 and stem.ndim >= 2):
+    shapes = {key: value.shape for key, value in source.items() if isinstance(value, torch.Tensor)}
+    classes = count_classes(shapes)
+    in_chans = count_inputs(shapes, timm.create_model(name, device='meta').input_weights)
+    if not classes or not in_chans:
         raise ConversionError(
             f'CHECKPOINT must hold an SMPConv model with its classifier, got {len(source)} other tensors')
-    model: Model = timm.create_model(name, num_classes=len(classifier), in_chans=stem.shape[1])
+    model: Model = timm.create_model(name, num_classes=classes, in_chans=in_chans)
     model.load_state_dict(checkpoint_filter_fn(source, model))
     model.pretrained_cfg.update(tag=tag, input_size=(model.in_chans, *model.pretrained_cfg['input_size'][1:]))
     return model.eval()
+
+
+def check_task(name: str, content: Mapping[str, Any], source: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights of another network with the same shapes: weights of points do not show the kernels' length."""
+    lengths = sorted({int(value) for key, value in source.items() if key.endswith('.train_length')} - {0})
+    expected = reference_smp.CONFIGS.get(name, {}).get('size', ())
+    if lengths and lengths != sorted({*expected}):
+        raise ConversionError(
+            f'CHECKPOINT must have kernels of {expected[0]} samples for {name}, got a train_length of '
+            f'{", ".join(map(str, lengths))}')
+    settings = content.get('hyper_parameters')  # what SequenceClassifier was built with
+    if isinstance(settings, Mapping):
+        free = ('num_classes', 'in_chans', 'drop_rate', 'input_drop_rate')
+        changed = {key: value for key, value in (settings.get('model_args') or {}).items() if key not in free}
+        if settings.get('name', name) != name or changed:
+            raise ConversionError(
+                f'CHECKPOINT must hold {name} with its own arguments, got {settings.get("name")} with {changed}')
 
 
 def check_entry(entry: Dict[str, Any], model: Model, authors: bool) -> None:
@@ -167,21 +204,28 @@ def check_entry(entry: Dict[str, Any], model: Model, authors: bool) -> None:
 
 def is_published(entry: Optional[Dict[str, Any]], authors: bool, kind: str, sha256: str) -> Optional[bool]:
     """Whether these are the weights whose accuracy the entry gives; None if their hash is not recorded."""
-    if not entry or not entry['origin'] or not authors or kind != 'ema':
+    if not entry or not entry['origin'] or not authors or kind != entry['origin']['weights']:
         return False
     known = entry['origin']['sha256']
     return None if known is None else known == sha256
 
 
-def images(model: Model) -> List[torch.Tensor]:
+def inputs(model: Model) -> List[torch.Tensor]:
+    """Random inputs of the evaluation's size and, for networks that take any, of a size with other proportions."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, model.in_chans, *size, generator=generator) for size in SIZES]
+    return [torch.randn(1, model.in_chans, *size, generator=generator) for size in sizes(model)]
+
+
+def sizes(model: Model) -> List[Tuple[int, int]]:
+    height, width = model.pretrained_cfg['input_size'][1:]
+    return [(height, width), *([] if isinstance(model, SMPTCN) else [(height * 5 // 7, width * 8 // 7)])]
 
 
 def oracle(source: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    print(f'evaluating it at {x.shape[2]}×{x.shape[3]} in the plain network of tests/reference.py', flush=True)
+    family = reference if name in reference.CONFIGS else reference_smp
+    print(f'evaluating it at {x.shape[2]}×{x.shape[3]} in the plain network of tests/{family.__name__}.py', flush=True)
     with torch.inference_mode():
-        return reference.logits(reference.in_authors_layout(source), name, x)
+        return family.logits(family.in_authors_layout(source), name, x)
 
 
 def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.Tensor]], merged: bool) -> float:

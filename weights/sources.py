@@ -1,15 +1,19 @@
 """sources.yaml: reads it, and records in it without losing its comments. Also the files of a folder of weights."""
-import os
 import re
 from pathlib import Path
 from typing import Any, Dict
 
 import yaml
 
+from timm_smpconv.files import write_whole
+
 FILES = ('README.md', 'config.json', 'model.safetensors')  # of a folder that convert.py writes and publish.py uploads
 SOURCES = Path(__file__).parent / 'sources.yaml'
 KEYS = (
-    'model', 'tag', 'origin', 'license', 'parameters', 'gmacs', 'top1', 'top1_source', 'hub_id', 'sha256', 'commit')
+    'model', 'tag', 'origin', 'license', 'parameters', 'gmacs', 'top1', 'top1_source', 'dataset', 'hub_id', 'sha256',
+    'commit')
+ORIGIN = ('weights', 'sha256')
+DATASET = ('name', 'id', 'pipeline')
 
 
 class SourcesError(Exception):
@@ -33,8 +37,11 @@ def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
         missing = [key for key in KEYS if key not in entry] if isinstance(entry, dict) else KEYS
         if missing:
             raise SourcesError(f'{rule}, where {name} lacks {", ".join(missing)}')
-        if entry['origin'] and not (isinstance(entry['origin'], dict) and 'sha256' in entry['origin']):
-            raise SourcesError(f'{rule}, where the origin of {name} lacks sha256')
+        for part, keys in (('origin', ORIGIN), ('dataset', DATASET)):
+            given = entry[part]
+            missing = [key for key in keys if key not in given] if isinstance(given, dict) else keys
+            if missing and (given or part == 'dataset'):
+                raise SourcesError(f'{rule}, where the {part} of {name} lacks {", ".join(missing)}')
         if not isinstance(entry['hub_id'], str):
             raise SourcesError(f'{rule}, where the hub_id of {name} is {entry["hub_id"]!r}')
     return entries
@@ -56,6 +63,4 @@ def record(path: Path, name: str, values: Dict[str, str]) -> None:
             at[match[1]] = i
     for key, value in values.items():
         lines[at[key]] = f'  {key}: {value}\n'
-    part = path.with_suffix(f'.{os.getpid()}.part')
-    part.write_text(''.join(lines), encoding='utf-8')
-    part.replace(path)
+    write_whole(path, ''.join(lines).encode())

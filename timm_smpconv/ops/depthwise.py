@@ -36,7 +36,8 @@ def depthwise_conv2d(
         backend: 'native', 'contiguous', 'channels_last', 'fft' or 'triton' for this call and its gradients. Defaults to
             the backend set by `use_backend`, otherwise selected by benchmark rules on CPUs, and 'native' on other
             devices. The errors of 'fft' are relative to the largest value of each plane (H, W); the rules never select
-            it where that matters.
+            it where that matters. Exact zeros in a weight gradient are exact in all backends; those in the output and
+            in the input gradient are rounding noise with 'fft'.
 
     Returns:
         (B, C, H, W).

@@ -1,0 +1,48 @@
+"""The command `timm-smpconv sequence`: Lightning's command line for the sequence tasks."""
+from typing import Any, Dict, List, Optional, Set
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from .data import SequenceData
+from .training import SequenceClassifier
+
+__all__ = ['run']
+
+
+class _SequenceCLI(LightningCLI):
+    """Adds `--data-dir`, and options for the checkpoints that are kept."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument('--data-dir', type=str, required=True, help='folder of the data')
+        parser.link_arguments('data_dir', 'data.init_args.data_dir')
+        parser.add_lightning_class_args(ModelCheckpoint, 'checkpoint')
+        parser.set_defaults({
+            'checkpoint.monitor': 'val_accuracy', 'checkpoint.mode': 'max', 'checkpoint.save_last': True,
+            'checkpoint.filename': '{epoch}-{val_accuracy:.4f}'})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # Lightning's own warns if sys.argv holds arguments, as ours does
+
+    @staticmethod
+    def subcommands() -> Dict[str, Set[str]]:
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in ('fit', 'validate', 'test')}
+
+
+def run(args: Optional[List[str]] = None) -> Any:
+    """Train, validate or test.
+
+    Args:
+        args: Arguments of the command, from `fit`, `validate` or `test` on.
+
+    Returns:
+        Lightning's command line object, with `trainer`, `model` and `datamodule`.
+
+    Raises:
+        DataError: The data folder is incomplete or damaged.
+        SystemExit: An argument is wrong, or help was asked for.
+    """
+    return _SequenceCLI(
+        SequenceClassifier, SequenceData, subclass_mode_data=True, auto_configure_optimizers=False, args=args,
+        parser_kwargs=dict(prog='timm-smpconv sequence'), save_config_kwargs=dict(overwrite=True))
