@@ -73,7 +73,7 @@ def test_no_sample_is_missed_by_rounding(dtype):
     t = torch.linspace(-1, 1, size, dtype=dtype)
     basis = (1 - (kernel.coords[0] - t).abs() / kernel.radius[0, :, None]).clamp(min=0)  # (P, K)
     assert difference(kernel()[0], basis.sum(0, keepdim=True)) < TOLERANCE[dtype]
-    assert (basis > 0).sum(1).unique().tolist() == [2, 3, 4]  # 2 at the end
+    assert basis.count_nonzero(1).min() >= 1 and basis.count_nonzero(1).max() == 4
 
 
 def test_derivatives_of_the_second_order_and_forward_mode():
@@ -81,7 +81,8 @@ def test_derivatives_of_the_second_order_and_forward_mode():
     assert torch.autograd.gradgradcheck(lambda *i: render_kernel(*i, (SIZE,), True), inputs)
     primals, tangents = [i.detach() for i in inputs], [torch.randn_like(i) for i in inputs]
     results = [
-        jvp(lambda *i, f=f: f(*i, (SIZE,), True), tuple(primals), tuple(tangents)) for f in (render_kernel, kernel_loop)]
+        jvp(lambda *i, render=render: render(*i, (SIZE,), True), tuple(primals), tuple(tangents))
+        for render in (render_kernel, kernel_loop)]
     for actual, expected in zip(*results):
         assert difference(actual, expected) < TOLERANCE[torch.float64]
 
