@@ -210,8 +210,7 @@ def test_a_checkpoint_of_another_shape_is_refused(change, message, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('dtype,training', [(torch.float32, False), (torch.float64, False), (torch.float64, True)])
 @pytest.mark.parametrize('name', [name for name in CONFIGS if name != 'smpconv_tcn_pmnist'])  # sMNIST's, permuted
 def test_whole_networks(name, dtype, training, tmp_path):
     """Inputs are small in float32: among the activations of large ones, some are nearly 0."""
