@@ -70,8 +70,8 @@ def test_no_sample_is_missed_by_rounding(dtype):
         kernel.radius.fill_(2e-4)
         kernel.weight.fill_(1.)
     kernel = kernel.to(dtype)
-    t = torch.linspace(-1, 1, size, dtype=dtype)
-    basis = (1 - (kernel.coords[0] - t).abs() / kernel.radius[0, :, None]).clamp(min=0)  # (P, K)
+    t = torch.linspace(-1, 1, size, dtype=torch.float64)
+    basis = (1 - (kernel.coords[0].double() - t).abs() / kernel.radius[0, :, None].double()).clamp(min=0)  # (P, K)
     assert difference(kernel()[0], basis.sum(0, keepdim=True)) < TOLERANCE[dtype]
     assert basis.count_nonzero(1).min() >= 1 and basis.count_nonzero(1).max() == 4
 
