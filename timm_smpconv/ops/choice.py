@@ -186,20 +186,23 @@ def prefers_transform(
         groups: Of the channels.
         keeps: Whether the kernel's transform is there already.
     """
-    batch, inputs = x.shape[:2]
-    outputs, kernel = weight.shape[0], weight[0, 0].numel()
-    pairs = outputs * weight.shape[1]
-    direct = batch * pairs * kernel * x[0, 0].numel()
-    frequencies = 1
-    for n, k, p in zip(x.shape[2:], weight.shape[2:], before):
+    (batch, inputs), size = x.shape[:2], x.shape[2:]
+    (outputs, per_group), kernel_size = weight.shape[:2], weight.shape[2:]
+    products = batch * outputs * per_group
+    direct, frequencies = products, 1
+    for n, k, p in zip(size, kernel_size, before):
+        direct *= n * k
         frequencies *= n + max(p, k - 1 - p)
     frequencies //= 2
-    transformed = frequencies * (batch * (inputs + outputs) + (0 if keeps else pairs))
-    products = frequencies * batch * pairs
+    transformed = batch * (inputs + outputs) + (0 if keeps else outputs * per_group)
     if x.device.type == 'cpu':
-        return direct > 120 * transformed + 2.5 * products + 4e6 * groups
-    # No GPU has timed it: only where a direct convolution is hopeless. TODO
-    return direct > 10 * (60 * transformed + 4 * products)
+        # In multiplications of a direct convolution, 0.028 ns each on one core with AVX2: a complex product, an entry
+        # of a spectrum there and back, a call. `benchmarks.cpu dense`, output and gradients, native and FFT, ms:
+        # (64, 48, 32, 32), 3×3: 139, 304, 5×5: 301, 334; batch 16, 9×9: 246, 118; batch 1, 33×33: 522, 156;
+        # (64, 30, 784), 5: 35, 77, 20: 209, 90, 784: 5000, 120; batch 1, 60: 13, 18, 784: 181, 31.
+        return direct > frequencies * (7 * products + 350 * len(before) * transformed) + 1e7 * groups
+    # No GPU has timed it. It is chosen where a direct convolution is hopeless: 10 times the arithmetic.
+    return direct > 10 * frequencies * (4 * products + 60 * transformed)
 
 
 def margins(x: torch.Tensor, k: int, l: int) -> Tuple[int, int]:

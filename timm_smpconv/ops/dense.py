@@ -150,20 +150,22 @@ def _convolve(
         if end - first < k:
             weight, before[d] = weight.narrow(d + 2, first, end - first), p - first
     recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    keeps = packed is not None and groups == 1 and not recorded and is_keepable(weight)
+    compiling = torch.compiler.is_compiling()
+    keeps = packed is not None and groups == 1 and not recorded and not compiling and is_keepable(weight)
     if backend is None:
         transforms = fft.unsupported(x) is None and prefers_transform(x, weight, before, groups, keeps)
         backend = 'fft' if transforms else 'native'
+    if x.shape[0] == 0:
+        backend = 'native'
     if backend != 'fft':
         dtype, layout = x.dtype, {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
         if x.device.type == 'cpu':
             working = torch.promote_types(dtype, torch.float32)
             x, weight, bias = x.to(working), weight.to(working), None if bias is None else bias.to(working)
-        if backend == 'native':
+        if backend == 'native' or private.transforms_active():
             return _direct(x, weight, bias, before, groups).to(dtype)
         y = _direct(x.contiguous(memory_format=layout[backend]), weight, bias, before, groups)
         return y.to(dtype).contiguous(memory_format=memory_format(x))
-    compiling = torch.compiler.is_compiling()
     if not compiling and (recorded or private.transforms_active() or private.forward_ad_active()):
         y = Conv.apply(x, weight, before, groups, False)
     elif compiling or private.dispatch_mode_active() or type(x) is not torch.Tensor:
@@ -173,7 +175,7 @@ def _convolve(
         y = spectra.conv(x, weight, before, groups, kernel)
     if bias is not None:
         y = y + bias.view(-1, *[1] * len(before))
-    return y if causal else y.contiguous(memory_format=memory_format(x))
+    return y
 
 
 def _before(weight: torch.Tensor, causal: bool) -> List[int]:

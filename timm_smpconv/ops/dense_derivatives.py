@@ -65,7 +65,7 @@ def corr_op(
 
 @conv_op.register_fake
 def _(x, weight, before, groups, transposed):
-    return x.new_empty(x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0], *x.shape[2:])
+    return spectra.empty(x, weight.shape[1] * groups if transposed else weight.shape[0])
 
 
 @corr_op.register_fake

@@ -7,17 +7,18 @@ kernel, N size of the transforms, F number of frequencies, M rows and C columns 
     dx[b,i,m] = Σ_ok w[o,i,k] g[b,o,m-k+p]
     dw[o,i,k] = Σ_bn g[b,o,n] x[b,i,n+k-p]
 
-In N samples, x is placed at p, w and g at 0. Then y = X conj(W) and dw = conj(G) X, both read from 0, and dx = G W, read
-from p. Nothing that is read has wrapped around if N ≥ L + max(p, K - 1 - p).
+Of N samples, x is placed at p, w and g at 0. Then y = X conj(W) and dw = conj(G) X, both read from 0, and dx = G W,
+read from p. Nothing that is read has wrapped around if N ≥ L + max(p, K - 1 - p).
 
 Errors are relative to the largest value of all channels of an image or sequence, and one Inf or NaN spoils all of it.
 """
 import math
-from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from .backends.fft import fast_length
+from .choice import memory_format
 
 # Entries of a spectrum that are computed together, 8 MiB in float32. More leave the cache and cost page faults, ms on
 # one core (AVX2), output: (4, 30, 16000) 230, in one piece 406; (64, 36, 32, 32) 92 and 103; (64, 30, 784) 38 and 38.
@@ -48,7 +49,7 @@ def conv(
         groups: Of the channels.
         kernel: `transform(weight, ...)`, for one group only. Computed if not given.
     """
-    y = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
+    y = empty(x, weight.shape[0])
     if groups > 1:
         for x_part, w_part, y_part in zip(x.chunk(groups, 1), weight.chunk(groups), y.chunk(groups, 1)):
             y_part.copy_(conv(x_part, w_part, before, 1))
@@ -68,6 +69,13 @@ def conv(
     return y
 
 
+def empty(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """A tensor of the batch, size, dtype and memory format of x (B, C, *L)."""
+    shape = x.shape[0], channels, *x.shape[2:]
+    return x.new_empty(shape) if x.ndim == 3 else torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
 def transform(weight: torch.Tensor, size: Sequence[int], before: Sequence[int]) -> Kernel:
     """weight (O, I, *K) for inputs of a size L."""
     scale = _scale(weight)
@@ -81,7 +89,7 @@ def gradients(
         kernel_size: Sequence[int],
         before: Sequence[int],
         groups: int,
-) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+) -> Tuple[Any, Any]:
     """The gradients of `conv` with regard to x and weight, in the dtype of grad.
 
     Args:
@@ -102,11 +110,15 @@ def gradients(
         dxs, dws = zip(*parts)
         return None if weight is None else torch.cat(dxs, 1), None if x is None else torch.cat(dws)
     (batch, outputs), size = grad.shape[:2], grad.shape[2:]
-    inputs = x.shape[1] if x is not None else weight.shape[1]
+    inputs = next(t.shape[1] for t in (x, weight) if t is not None)
     plan, scale = _plan(size, kernel_size, before), _scale(grad)
-    dx = dw = total = x_spectrum = w_spectrum = x_scale = w_scale = None
+    dx: Any = None
+    dw: Any = None
+    total: Any = None
+    w_spectrum: Any = None
+    x_scale = w_scale = scale
     if weight is not None:
-        dx, w_scale = grad.new_empty(batch, weight.shape[1], *size), _scale(weight)
+        dx, w_scale = empty(grad, weight.shape[1]), _scale(weight)
     if x is not None:
         dw, x_scale = grad.new_empty(outputs, x.shape[1], *kernel_size), _scale(x)
     if batch > outputs:
