@@ -207,7 +207,7 @@ def test_where_files_are_written_and_who_may_read_them(small, out, tmp_path, mon
     assert set(names(tmp_path / out)) - {'link', 'real'} == set(FILES)
 
 
-@pytest.mark.parametrize('name', ['smpconv_tcn_pmnist', 'smpconv_tcn_scraw', 'smpconv_resnet_cifar10'])
+@pytest.mark.parametrize('name', ['smpconv_tcn_pmnist', 'smpconv_resnet_cifar10'])
 def test_other_families(small, name, tmp_path, capsys):
     """Narrow networks on few digits: what is written loads by the printed lines, and both are the same network."""
     assert main(['demo', '--model', name, '--epochs', '1', '--out', str(tmp_path)]) == 0
