@@ -176,7 +176,8 @@ def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
 
 def check_task(name: str, content: Mapping[str, Any], source: Mapping[str, torch.Tensor]) -> None:
     """Refuse weights of another network with the same shapes: weights of points do not show the kernels' length."""
-    lengths = sorted({int(value) for key, value in source.items() if key.endswith('.train_length')} - {0})
+    found = (value for key, value in source.items() if key.endswith('.train_length'))
+    lengths = sorted({int(n) for value in found if isinstance(value, torch.Tensor) for n in value.flatten()} - {0})
     expected = reference_smp.CONFIGS.get(name, {}).get('size', ())
     if lengths and lengths != sorted({*expected}):
         raise ConversionError(
@@ -225,7 +226,7 @@ def sizes(model: Model) -> List[Tuple[int, int]]:
 def oracle(source: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
     family = reference if name in reference.CONFIGS else reference_smp
     print(f'evaluating it at {x.shape[2]}×{x.shape[3]} in the plain network of tests/{family.__name__}.py', flush=True)
-    exact = {k: v.double() if v.is_floating_point() else v for k, v in family.in_authors_layout(source).items()}
+    exact = {k: v.double() for k, v in family.in_authors_layout(source).items() if isinstance(v, torch.Tensor)}
     with torch.inference_mode():
         return family.logits(exact, name, x.double())
 
