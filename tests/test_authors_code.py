@@ -4,6 +4,7 @@ SMPCONV_AUTHORS names the clone. What the code imports beside PyTorch is replace
 """
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -41,6 +42,7 @@ def code():
         patch.syspath_prepend(str(Path(FOLDER, 'smp')))
         for name, values in stubs.items():
             module = ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)  # torch asks for it when it imports its compiler
             vars(module).update(values)
             patch.setitem(sys.modules, name, module)
         before = set(sys.modules)

@@ -2,6 +2,8 @@
 
 Oracle: tests/reference_smp.py, which test_authors_code.py compares with the authors' own code.
 """
+import math
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ from reference import kernel_loop
 from reference_smp import CONFIGS, adam_updates, authors_state_dict, convolve, in_authors_layout, logits, render
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
+from torch.overrides import TorchFunctionMode
 
 from timm_smpconv import CheckpointError
 
@@ -65,6 +68,32 @@ def compare(model, name, sd, x, training=False):
         assert (g - w.reshape(g.shape)).abs().max() <= tolerance * scale, key
 
 
+class Activations(TorchFunctionMode):
+    """Notes how near the input of a ReLU comes to 0, where its derivative jumps. A sum of zeros of ReLUs stays 0."""
+    least = math.inf
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.relu:
+            magnitude = args[0].detach().abs()
+            self.least = min(self.least, magnitude.where(magnitude > 0, 1).min().item())
+        return func(*args, **(kwargs or {}))
+
+
+def draw_input(name, sd, shape, training):
+    """A random input for which float32 rounds no activation of the network to the other side of a ReLU."""
+    while True:
+        x = torch.randn(shape)
+        activations = Activations()
+        with torch.no_grad(), activations:
+            logits(double(sd), name, x.double(), training)
+        if activations.least > 1e-5:
+            return x
+
+
+def double(sd):
+    return {k: v.double() if v.is_floating_point() else v for k, v in sd.items()}
+
+
 @pytest.mark.parametrize('size', [(7,), (8,), (2,), (1,), (5, 5), (3, 7)])
 def test_the_oracle_renders_as_the_loop(size):
     coords = torch.rand(3, 5, len(size), dtype=torch.float64) * 2 - 1
@@ -95,7 +124,8 @@ def test_the_permutation_of_pmnist():
 @pytest.mark.parametrize('name', CONFIGS)
 def test_small_networks(name, dtype, training, tmp_path):
     small = Small(name, dtype)
-    compare(small.load(tmp_path, drop_rate=0., input_drop_rate=0.), name, small.sd, small.x, training)
+    x = draw_input(name, small.sd, small.x.shape, training).to(dtype)
+    compare(small.load(tmp_path, drop_rate=0., input_drop_rate=0.), name, small.sd, x, training)
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.'])
@@ -180,21 +210,18 @@ def test_a_checkpoint_of_another_shape_is_refused(change, message, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('dtype,training', [(torch.float32, False), (torch.float64, False), (torch.float64, True)])
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name != 'smpconv_tcn_pmnist'])  # sMNIST's, permuted
 def test_whole_networks(name, dtype, training, tmp_path):
-    """Sequences are short in float32: among all activations of a long one, some round to the other side of a ReLU, and
-    gradients jump there."""
+    """Inputs are small in float32: among the activations of large ones, some are nearly 0."""
     sd = authors_state_dict(name, dtype=dtype)
-    if name == IMAGES:
-        size = (32, 32)
+    shape = (2, CONFIGS[name]['in_chans'], *((32, 32) if name == IMAGES else CONFIGS[name]['size']))
+    if name == 'smpconv_tcn_scraw':
+        shape = (2, 1, 1000)
+    if dtype == torch.float32:
+        x = draw_input(name, sd, (*shape[:2], *((9, 9) if name == IMAGES else (32,))), training)
     else:
-        longest = 2000 if dtype == torch.float64 else 64
-        size = (min(CONFIGS[name]['size'][0], longest),)
-    if name == 'smpconv_tcn_pmnist':
-        size = (784,)
-    x = torch.randn(2, CONFIGS[name]['in_chans'], *size, dtype=dtype)
+        x = torch.randn(shape, dtype=dtype)
     compare(load(name, sd, tmp_path, drop_rate=0., input_drop_rate=0.), name, sd, x, training)
 
 
@@ -204,6 +231,5 @@ def test_logits_of_whole_inputs(name, tmp_path):
     sd = authors_state_dict(name)
     model = load(name, sd, tmp_path)
     x = torch.randn(1, *model.pretrained_cfg['input_size'])
-    exact = {k: v.double() if v.is_floating_point() else v for k, v in sd.items()}
     with torch.inference_mode():
-        assert difference(model(x), logits(exact, name, x.double())) < 1e-4
+        assert difference(model(x), logits(double(sd), name, x.double())) < 1e-4

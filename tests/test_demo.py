@@ -8,12 +8,14 @@ import sys
 import pytest
 import timm
 import torch
+from conftest import TOLERANCE, difference
 from PIL import Image
+from reference import kernel_loop
 from safetensors.torch import load_file
 
-from timm_smpconv import demo
+from timm_smpconv import SMPKernel, demo
 from timm_smpconv.__main__ import main
-from timm_smpconv.plot import draw_kernels
+from timm_smpconv.plot import draw_kernels, picture_of
 
 FILES = ['kernels.png', 'merged.safetensors', 'model.safetensors']
 
@@ -27,6 +29,10 @@ few = {training: tuple(part[:32] for part in digits(training)) for training in (
 demo.digits = few.get
 
 def create_model(name, **kwargs):
+    if "tcn" in name:
+        return timm.create_model(name, depth=2, dim=4, points=5, **kwargs)
+    if "resnet" in name:
+        return timm.create_model(name, dims=(4, 6), kernel_size=7, **kwargs)
     return timm.create_model(
         "smpconv_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), kernel_sizes=(9, 7, 7, 5), **kwargs)
 
@@ -201,9 +207,37 @@ def test_where_files_are_written_and_who_may_read_them(small, out, tmp_path, mon
     assert set(names(tmp_path / out)) - {'link', 'real'} == set(FILES)
 
 
-def test_picture_shows_a_point_where_its_kernel_is(tmp_path):
-    kernel = (torch.tensor([[[0.5, 0.5]]]), torch.tensor([[0.3]]), torch.ones(1, 1, 1), (9, 9))
-    figure = draw_kernels([('before', [kernel])], ['one'])
+@pytest.mark.parametrize('name', ['smpconv_tcn_pmnist', 'smpconv_resnet_cifar10'])
+def test_other_families(small, name, tmp_path, capsys):
+    """Narrow networks on few digits: what is written loads by the printed lines, and both are the same network."""
+    assert main(['demo', '--model', name, '--epochs', '1', '--out', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    calls = [line.strip() for line in out.splitlines() if line.strip().startswith('timm.create_model(')]
+    models = [eval(call, {'timm': demo.timm}).eval() for call in calls]
+    x = torch.randn(2, 1, 8, 8)
+    assert difference(models[1](x), models[0](x)) < TOLERANCE[torch.float32]
+    assert ('8x8, read row by row' in out) == ('tcn' in name)
+    assert names(tmp_path) == FILES
+
+
+@pytest.mark.parametrize('name', timm.list_models('smpconv_tcn*'))
+def test_points_reach_samples_of_the_short_sequences(name):
+    setup = demo._setup(name)
+    model = timm.create_model(name, **demo._model_args(setup), **setup.start_args)
+    for kernel in (m for m in model.modules() if isinstance(m, SMPKernel)):
+        assert kernel.size == [64] and (kernel()[:, 0] != 0).sum(1).float().mean() > 8  # of about 12 behind them
+
+
+def one_point(coords, size, **kwargs):
+    kernel = SMPKernel(1, size, 1, radius=0.3, **kwargs)
+    with torch.no_grad():
+        kernel.coords.copy_(torch.tensor(coords))
+        kernel.weight.fill_(0.7)
+    return picture_of(kernel)
+
+
+def test_picture_shows_a_point_where_its_kernel_is():
+    figure = draw_kernels([('before', [one_point([0.5, 0.5], (9, 9))])], ['one'])
     axis = figure.axes[0]
     image, points = axis.images[0], axis.collections[0]
     row, column = divmod(int(image.get_array().argmax()), 9)
@@ -211,3 +245,28 @@ def test_picture_shows_a_point_where_its_kernel_is(tmp_path):
     x = left + (column + 0.5) * (right - left) / 9
     y = top - (row + 0.5) * (top - bottom) / 9
     assert (x, y) == pytest.approx(tuple(points.get_offsets()[0]))
+
+
+def test_picture_of_a_sequence_kernel_shows_a_point_where_its_curve_is():
+    """On a sample, where the curve is as high as the point; the radius is 0.3 of half the axis, 4.8 samples."""
+    before, after = one_point([0.75], (33,)), one_point([0.25], (33,))
+    figure = draw_kernels([('before', [before]), ('after', [after])], ['one'])
+    for axis, sample in zip(figure.axes, (-4, -12)):
+        curve = next(line for line in axis.lines if len(line.get_xdata()) == 33)
+        highest = curve.get_ydata().argmax()
+        assert curve.get_xdata()[highest] == sample and curve.get_ydata()[highest] == pytest.approx(0.7)
+        points, bars = axis.collections[-1], axis.containers[0].lines[2][0]
+        assert tuple(points.get_offsets()[0]) == pytest.approx((sample, 0.7))
+        assert bars.get_segments()[0] == pytest.approx(torch.tensor([[sample - 4.8, 0.7], [sample + 4.8, 0.7]]).numpy())
+    moves = [line for line in figure.axes[1].lines if line.get_color() == 'orange']
+    assert [list(line.get_xdata()) for line in moves] == [[-4, -12]]
+
+
+def test_picture_shows_what_is_rendered():
+    """A radius out of its range, and the average over points, as the network computes with them."""
+    kernel = SMPKernel(2, (17,), 3, groups=2, average=True)
+    with torch.no_grad():
+        kernel.radius[0, 0] = -1.
+    picture = picture_of(kernel)
+    expected = kernel_loop(kernel.coords, kernel.radius.clamp(1e-3, 1), kernel.weight, (17,), average=True)[0, 0]
+    assert difference(picture.kernel, expected) < TOLERANCE[torch.float32] and picture.radius.min() > 0

@@ -260,9 +260,11 @@ def test_checkpointing_changes_neither_loss_nor_gradients(name):
         assert difference(a, b) < TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize('merged', [False, True])
-def test_scripted_and_exported(name, model, x, merged):
-    net = reparameterize_model(model) if merged else model
+@pytest.mark.parametrize('merged', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize('name', ['smpconv_resnet_cifar10', 'smpconv_tcn_pmnist'])
+def test_scripted_and_exported(name, merged):
+    model = small(name, **(dict(dims=(6, 8)) if 'resnet' in name else dict(depth=2)))
+    net, x = reparameterize_model(model) if merged else model, inputs(name)
     expected = net(x)
     assert difference(torch.jit.script(net)(x), expected) < TOLERANCE[torch.float32]
     assert difference(torch.jit.trace(net, x)(x), expected) < TOLERANCE[torch.float32]
@@ -289,23 +291,23 @@ def test_onnx_has_standard_operators(name, model, x, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('merged', [False, True])
-def test_compiled(name, model, x, merged):
-    net = reparameterize_model(model) if merged else model
+@pytest.mark.parametrize('name,args', [
+    ('smpconv_resnet_cifar10', dict(dims=(6,))), ('smpconv_tcn_smnist', dict(depth=1)),
+])
+def test_compiled(name, args):
+    model, x = small(name, **args), inputs(name)
+    merged = reparameterize_model(model)
     with torch.no_grad():
-        assert difference(torch.compile(net)(x), net(x)) < TOLERANCE[torch.float32]
-    if merged:
-        return
+        assert difference(torch.compile(merged)(x), merged(x)) < TOLERANCE[torch.float32]
     results = []
     for compiled in (False, True):
-        torch._dynamo.reset()
-        training = small(name, drop_rate=0.).train()
-        training.stem.drop.p = 0.
+        training = small(name, drop_rate=0., input_drop_rate=0., **args).train()
         y = (torch.compile(training) if compiled else training)(x)
         y.square().sum().backward()
-        results.append([p.grad for p in training.parameters()])
+        # A bias in front of a BatchNorm has no gradient but rounding errors.
+        results.append([p.grad for key, p in training.named_parameters() if not key.endswith('conv.bias')])
     for a, b in zip(*results):
-        assert difference(a, b) < 1e-3  # sums of many terms, in another order; radii most of all
+        assert difference(b, a) < 1e-4  # of a radius, the sum of terms that cancel
 
 
 @pytest.mark.parametrize('full', [*SEQUENCE_MODELS, 'smpconv_resnet_cifar10'])

@@ -32,6 +32,7 @@ from huggingface_hub import constants
 from PIL import Image
 from reference import authors_state_dict, logits
 from safetensors.torch import load_file
+from test_authors_networks import double
 from test_checkpoint import save_as_the_authors_do
 from test_models import macs
 
@@ -70,10 +71,13 @@ def finished(process):
 
 @pytest.fixture(scope='session', autouse=True)
 def small_images():
-    """Conversions of ImageNet models in this process are verified with one small image."""
-    sizes = convert.sizes
+    """Conversions in this process are verified with one small input."""
+    def size(model):
+        height, width = model.pretrained_cfg['input_size'][1:]
+        return [(32, 64) if isinstance(model, SMPConvNet) else (height, min(width, 2000))]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, 'sizes', lambda model: [(32, 64)] if isinstance(model, SMPConvNet) else sizes(model))
+        patch.setattr(convert, 'sizes', size)
         yield
 
 
@@ -472,9 +476,9 @@ def test_the_cifar10_and_sequence_networks(name, tmp_path, publishing):
     assert convert.main([*command, '--merged', '--sources', str(listed)]) == 0
     model, merged = (
         timm.create_model(f'local-dir:{tmp_path / out}', pretrained=True).eval() for out in ('out', 'out-merged'))
-    x = torch.randn(1, *model.pretrained_cfg['input_size'])
+    x = torch.randn(1, *model.pretrained_cfg['input_size'])[..., :2000]
     with torch.inference_mode():
-        expected = reference_smp.logits(sd, name, x)
+        expected = reference_smp.logits(double(sd), name, x.double())
         assert difference(model(x), expected) < 1e-4 and difference(merged(x), expected) < 1e-4
 
     entry = sources.load_sources()[f'{name}.{timm.get_pretrained_cfg(name).tag}']
@@ -490,7 +494,7 @@ def test_the_cifar10_and_sequence_networks(name, tmp_path, publishing):
     if x.shape[2] > 1:
         mode = 'L' if x.shape[1] == 1 else 'RGB'
         image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*x.shape[2:], 3), np.uint8)).convert(mode)
-        pixels = torch.from_numpy(np.asarray(image)).reshape(*x.shape[2:], -1).permute(2, 0, 1) / 255
+        pixels = torch.from_numpy(np.array(image)).reshape(*x.shape[2:], -1).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(entry['evaluation'][key]).view(-1, 1, 1) for key in ('mean', 'std'))
         assert difference(names['transform'](image), (pixels - mean) / std) < 1e-6
     else:

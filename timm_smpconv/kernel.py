@@ -46,9 +46,11 @@ def _render(
         if window is not None and 2 * window * weight.shape[1] < size[0]:
             return _render_windows(coords, radius, weight, size[0], average, window)
     reach = radius.unsqueeze(-1)  # (G, P, 1)
-    x = (coords[..., 0].unsqueeze(-1) - grid(size[-1], coords.device, coords.dtype)).abs()  # (G, P, K), to the right
-    if len(size) == 2:
-        y = (coords[..., 1].unsqueeze(-1) + grid(size[0], coords.device, coords.dtype)).abs()  # (G, P, K), upwards
+    if len(size) == 1:
+        x = _distance(coords, size[0])  # (G, P, K)
+    else:
+        x = (coords[..., 0].unsqueeze(-1) - grid(size[1], coords.device, coords.dtype)).abs()  # to the right
+        y = (coords[..., 1].unsqueeze(-1) + grid(size[0], coords.device, coords.dtype)).abs()  # upwards
         x = x.unsqueeze(-2) + y.unsqueeze(-1)  # (G, P, K, K)
         reach = reach.unsqueeze(-1)
     basis = F.relu(1 - x / reach)  # (G, P, *size)
@@ -56,6 +58,22 @@ def _render(
         basis = basis / ((basis > 0).sum(1, keepdim=True, dtype=basis.dtype) + 1e-6)
     kernel = torch.matmul(weight, basis.flatten(2))  # (G, C, prod(size))
     return kernel.reshape(list(weight.shape[:2]) + size)  # (G, C, *size)
+
+
+def _distance(coords: torch.Tensor, size: int, index: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Distances |x_p - t_n| of points, (G, P, 1), from all samples of an axis, (G, P, K), or from those of an index.
+
+    Positions of samples are in two parts, since a float32 near 1 is rounded by 3e-8: not small beside a radius of
+    0.0002.
+    """
+    device = None if coords.device.type == 'mps' else coords.device  # without float64
+    exact = grid(size, device, torch.float64)
+    near = exact.to(coords.dtype)
+    rest = (exact - near).to(coords.dtype)
+    near, rest = near.to(coords.device), rest.to(coords.device)
+    if index is not None:
+        near, rest = near[index], rest[index]
+    return (coords - near - rest).abs()
 
 
 def _window(radius: torch.Tensor, size: int) -> Optional[int]:
@@ -81,12 +99,7 @@ def _render_windows(
     with torch.no_grad():
         first = ((coords[..., 0] - radius + 1) * ((size - 1) / 2)).floor().long()  # (G, P)
         index = first.clamp(0, size - window).unsqueeze(-1) + torch.arange(window, device=coords.device)  # (G, P, W)
-    # In two parts, since a float32 near 1 is rounded by 3e-8, which is not small beside a radius of 0.0002.
-    exact = grid(size, dtype=torch.float64)
-    t = exact.to(coords.dtype)
-    rest = (exact - t).to(coords.dtype)
-    distance = (coords - t.to(coords.device)[index] - rest.to(coords.device)[index]).abs()  # (G, P, W)
-    basis = F.relu(1 - distance / radius.unsqueeze(-1))  # (G, P, W)
+    basis = F.relu(1 - _distance(coords, size, index) / radius.unsqueeze(-1))  # (G, P, W)
     index = index.flatten(1)  # (G, P * W)
     if average:
         reached = (basis > 0).flatten(1).to(basis.dtype)

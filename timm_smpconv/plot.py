@@ -81,11 +81,12 @@ def _draw_curve(axis: Any, picture: Picture, first: Optional[Picture]) -> None:
     x, y = sample(picture.coords), picture.weight.numpy()
     axis.axhline(0, color='gray', linewidth=0.5)
     axis.plot(range(-last, 1), picture.kernel.numpy(), color='black', linewidth=1.2)
-    axis.errorbar(x, y, xerr=(picture.radius * last / 2).numpy(), fmt='none', ecolor='silver', elinewidth=0.8)
+    axis.errorbar(x, y, xerr=(picture.radius * last / 2).numpy(), fmt='none', ecolor='gray', elinewidth=0.8)
     if first is not None:
         axis.plot([sample(first.coords), x], [first.weight.numpy(), y], color='orange', linewidth=0.6)
-    axis.scatter(x, y, s=14, edgecolors='black', linewidths=0.5, zorder=3, **_colors(picture))
+    axis.scatter(x, y, s=10, edgecolors='black', linewidths=0.5, zorder=3, **_colors(picture))
     axis.tick_params(labelsize=6)
+    axis.set_xlabel('sample, 0 is the current one', fontsize=7)
     axis.set_xlim(-last * 1.03, last * 0.03)
 
 

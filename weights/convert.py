@@ -88,7 +88,7 @@ def convert(
 ) -> None:
     """See the top of this file; the arguments are those of the command line."""
     listed = load_sources(sources)
-    tag = tag or timm.get_pretrained_cfg(name).tag
+    tag = tag or str(timm.models.get_pretrained_cfg_value(name, 'tag'))
     entry = listed.get(f'{name}.{tag}')
     out = out.resolve()
     outs = [out, out.parent / f'{out.name}-merged'] if merged else [out]
@@ -163,7 +163,8 @@ def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
     """The model with these weights, in evaluation mode. The checkpoint decides its classes and input channels."""
     shapes = {key: value.shape for key, value in source.items() if isinstance(value, torch.Tensor)}
     classes = count_classes(shapes)
-    in_chans = count_inputs(shapes, timm.create_model(name, device='meta').input_weights)
+    like: Model = timm.create_model(name, device='meta')
+    in_chans = count_inputs(shapes, like.input_weights)
     if not classes or not in_chans:
         raise ConversionError(
             f'CHECKPOINT must hold an SMPConv model with its classifier, got {len(source)} other tensors')
@@ -224,8 +225,9 @@ def sizes(model: Model) -> List[Tuple[int, int]]:
 def oracle(source: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
     family = reference if name in reference.CONFIGS else reference_smp
     print(f'evaluating it at {x.shape[2]}×{x.shape[3]} in the plain network of tests/{family.__name__}.py', flush=True)
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in family.in_authors_layout(source).items()}
     with torch.inference_mode():
-        return family.logits(family.in_authors_layout(source), name, x)
+        return family.logits(exact, name, x.double())
 
 
 def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.Tensor]], merged: bool) -> float:

@@ -12,8 +12,7 @@ SOURCES = Path(__file__).parent / 'sources.yaml'
 KEYS = (
     'model', 'tag', 'origin', 'license', 'parameters', 'gmacs', 'top1', 'top1_source', 'dataset', 'hub_id', 'sha256',
     'commit')
-ORIGIN = ('weights', 'sha256')
-DATASET = ('name', 'id', 'pipeline')
+PARTS = {'origin': ('weights', 'sha256'), 'dataset': ('name', 'id', 'pipeline')}
 
 
 class SourcesError(Exception):
@@ -37,11 +36,11 @@ def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
         missing = [key for key in KEYS if key not in entry] if isinstance(entry, dict) else KEYS
         if missing:
             raise SourcesError(f'{rule}, where {name} lacks {", ".join(missing)}')
-        for part, keys in (('origin', ORIGIN), ('dataset', DATASET)):
+        for part, keys in PARTS.items():
             given = entry[part]
-            missing = [key for key in keys if key not in given] if isinstance(given, dict) else keys
-            if missing and (given or part == 'dataset'):
-                raise SourcesError(f'{rule}, where the {part} of {name} lacks {", ".join(missing)}')
+            lacking = [key for key in keys if not (isinstance(given, dict) and key in given)]
+            if lacking and (given or part == 'dataset'):
+                raise SourcesError(f'{rule}, where the {part} of {name} lacks {", ".join(lacking)}')
         if not isinstance(entry['hub_id'], str):
             raise SourcesError(f'{rule}, where the hub_id of {name} is {entry["hub_id"]!r}')
     return entries
