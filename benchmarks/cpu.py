@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 
+from benchmarks.family import family
 from benchmarks.timing import agree, machine, paired
 from timm_smpconv import prepack
 from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
@@ -291,7 +292,8 @@ def peak(name, variant, batch):
 
 
 def main():
-    sections = dict(forward=forward, train=train, memory=memory, ops=ops, rules=rules, accuracy=accuracy)
+    sections = dict(forward=forward, train=train, memory=memory, ops=ops, rules=rules, accuracy=accuracy,
+        family=family)
     parser = argparse.ArgumentParser(prog='python -m benchmarks.cpu', description=__doc__.splitlines()[0])
     parser.add_argument('sections', nargs='*', help=f'of {", ".join(sections)}; the first three by default')
     parser.add_argument('--model', default='smpconv_tiny')

@@ -81,13 +81,13 @@ def compare(inputs, function, expect, tolerance):
         assert difference(got, want) < 2 * tolerance
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @pytest.mark.parametrize('family,case', CASES, ids=str)
-def test_output_and_gradients(family, case, dtype):
+def test_output_and_gradients(family, case):
     for backend in BACKENDS[family]:
-        for bias in (False, True):
-            compare(tensors(family, case, dtype, bias), ours(family, case, backend), reference(family, case),
-                    TOLERANCE[dtype])
+        for dtype, bias in ((torch.float64, True), (torch.float32, False)):
+            compare(
+                tensors(family, case, dtype, bias), ours(family, case, backend), reference(family, case),
+                TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -356,30 +356,28 @@ def transforms(monkeypatch):
     return shapes
 
 
-def test_a_kept_kernel_is_transformed_once(transforms):
-    for family, case in (('causal', (1, 3, 4, 40, 40, 1)), ('same', (1, 3, 4, 8, 8, 9, 9))):
-        transforms.clear()
-        packed = PackedKernel()
-        x, weight, bias = tensors(family, case)
-        function = partial(ours(family, case, 'fft'), packed=packed)
+@pytest.mark.parametrize('family,case', [('causal', (1, 3, 4, 40, 40, 1)), ('same', (1, 3, 4, 8, 8, 9, 9))], ids=str)
+def test_a_kept_kernel_is_transformed_once(transforms, family, case):
+    packed = PackedKernel()
+    x, weight, bias = tensors(family, case)
 
-        def check(x, count):
-            with torch.no_grad():
-                for _ in range(2):
-                    assert difference(function(x, weight, bias), exact(x, weight, bias)) < 1e-12
-            assert len(transforms) == count
+    def check(x, weight, count):
+        with torch.no_grad():
+            for _ in range(2):
+                y = ours(family, case, 'fft')(x, weight, bias, packed=packed)
+                assert difference(y, exact(x, weight, bias)) < 1e-12
+        assert len(transforms) == count
 
-        check(x, 1)
-        check(torch.cat([x, x + 1]), 1)  # another batch
-        check(x[..., :5], 2)  # another size
-        weight.mul_(2)
-        check(x[..., :5], 3)
-        weight = weight.clone()
-        check(x[..., :5], 4)
-        weight = weight.flip(0)[:, :, :3]
-        check(x[..., :5], 5)
-        for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
-            assert again._kept is None and packed._kept is not None
+    check(x, weight, 1)
+    check(torch.cat([x, x + 1]), weight, 1)  # another batch
+    check(x[..., :5], weight, 2)  # another size
+    weight.mul_(2)
+    check(x[..., :5], weight, 3)
+    weight = weight.clone()
+    check(x[..., :5], weight, 4)
+    check(x[..., :5], weight.flip(0)[:, :, :3], 5)
+    for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert again._kept is None and packed._kept is not None
 
 
 def test_a_kernel_that_can_change_unseen_is_not_kept(transforms):
@@ -422,10 +420,10 @@ def test_the_choice():
     (causal_conv1d, dict(weight=torch.zeros(2, 4, 0)), ValueError, r'weight must be .*, got shape \(2, 4, 0\)'),
     (causal_conv1d, dict(groups=3), ValueError, 'groups must divide the 4 channels of x, got 3'),
     (causal_conv1d, dict(groups=0), ValueError, 'groups must divide the 4 channels of x, got 0'),
-    (causal_conv1d, dict(groups=4, weight=torch.zeros(2, 1, 5)), ValueError, 'divide the 2 channels of the output, got 4'),
+    (causal_conv1d, dict(groups=4, weight=torch.zeros(2, 1, 5)), ValueError, 'the 2 channels of the output, got 4'),
     (causal_conv1d, dict(bias=torch.zeros(4)), ValueError, r'bias must be \(O,\) = \(2,\), got shape \(4,\)'),
     (causal_conv1d, dict(backend='cudnn'), ValueError, "backend must be one of native, .*, got 'cudnn'"),
-    (causal_conv1d, dict(backend='channels_last'), ValueError, "'channels_last' was requested and cannot run: sequences"),
+    (causal_conv1d, dict(backend='channels_last'), ValueError, "'channels_last' was requested .*: sequences have"),
     (causal_conv1d, dict(backend='triton'), ValueError, "'triton' was requested and cannot run: there is no Triton"),
     (causal_conv1d, dict(weight=torch.zeros(2, 4, 5).double()), TypeError, 'weight must have the dtype of x'),
     (causal_conv1d, dict(x=torch.zeros(1, 4, 8, dtype=torch.int64)), TypeError, 'x must be floating point'),
@@ -433,7 +431,7 @@ def test_the_choice():
     (large_conv2d, dict(x=torch.zeros(4, 8, 8)), ValueError, r'x must be \(B, I, H, W\), got shape \(4, 8, 8\)'),
     (large_conv2d, dict(x=torch.zeros(1, 4, 8, 0)), ValueError, 'x must have H, W of at least 1, got shape'),
     (large_conv2d, dict(weight=torch.zeros(2, 4, 4, 5)), ValueError, r'odd K and L, got shape \(2, 4, 4, 5\)'),
-    (large_conv2d, dict(weight=torch.zeros(4, 1, 5, 5)), ValueError, r'weight must be \(O, I, K, L\) with I = 4 as in x'),
+    (large_conv2d, dict(weight=torch.zeros(4, 1, 5, 5)), ValueError, r'weight must be \(O, I, K, L\) with I = 4 as'),
     (large_conv2d, dict(backend='triton'), ValueError, "'triton' was requested and cannot run"),
 ])
 def test_bad_input_is_named(function, change, error, message):

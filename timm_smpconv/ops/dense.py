@@ -31,7 +31,7 @@ class PackedKernel:
 
     def of(self, weight: torch.Tensor, size: Sequence[int], before: Sequence[int]) -> Optional[spectra.Kernel]:
         """The transform, made again if the weight or the size of the input changed; None if it cannot be kept."""
-        if not is_keepable(weight):
+        if not _is_keepable(weight):
             return None
         made_for = (
             weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, tuple(size), tuple(before))
@@ -52,14 +52,18 @@ def causal_conv1d(
 ) -> torch.Tensor:
     """`F.conv1d(F.pad(x, (K - 1, 0)), weight, bias, groups=groups)`, fast for kernels as long as the sequence.
 
+    Differentiable any number of times in x, weight and bias. It is computed directly or by FFT, whichever costs less by
+    a count of operations; the errors of an FFT are relative to the largest value of the sequence. In graphs that leave
+    PyTorch (`torch.export`, TorchScript, tracing) it is that `F.conv1d`.
+
     Args:
         x: (B, I, L).
         weight: (O, I / groups, K), any K: taps older than the sequence meet nothing but padding.
         bias: (O,).
         groups: Of `F.conv1d`.
         backend: 'native' or 'fft' for this call and its gradients.
-        packed: A `PackedKernel`, which keeps the kernel's transform from one call to the next, if the weight does not
-            require gradients.
+        packed: A `PackedKernel`, which keeps the kernel's transform from one call to the next, where nothing is
+            recorded or compiled and the weight does not require gradients.
 
     Returns:
         (B, O, L).
@@ -70,8 +74,9 @@ def causal_conv1d(
 
     Example:
         >>> x, weight = torch.randn(2, 3, 1000), torch.randn(4, 3, 1000)
-        >>> causal_conv1d(x, weight).shape
-        torch.Size([2, 4, 1000])
+        >>> y = causal_conv1d(x, weight)
+        >>> torch.allclose(y, F.conv1d(F.pad(x, (999, 0)), weight), atol=1e-3)
+        True
     """
     if torch.jit.is_scripting():
         return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias, groups=groups)
@@ -90,13 +95,18 @@ def large_conv2d(
 ) -> torch.Tensor:
     """`F.conv2d(x, weight, bias, padding=(K // 2, L // 2))`, fast for kernels as large as the map.
 
+    Differentiable any number of times in x, weight and bias. It is computed directly or by FFT, whichever costs less by
+    a count of operations; the errors of an FFT are relative to the largest value of the image. In graphs that leave
+    PyTorch (`torch.export`, TorchScript, tracing) it is that `F.conv2d`. The result of an FFT has the memory format of
+    x.
+
     Args:
         x: (B, I, H, W).
         weight: (O, I, K, L) with odd K and L.
         bias: (O,).
         backend: 'native', 'contiguous', 'channels_last' or 'fft' for this call and its gradients.
-        packed: A `PackedKernel`, which keeps the kernel's transform from one call to the next, if the weight does not
-            require gradients.
+        packed: A `PackedKernel`, which keeps the kernel's transform from one call to the next, where nothing is
+            recorded or compiled and the weight does not require gradients.
 
     Returns:
         (B, O, H, W).
@@ -107,8 +117,8 @@ def large_conv2d(
 
     Example:
         >>> x, weight = torch.randn(2, 3, 16, 16), torch.randn(4, 3, 17, 17)
-        >>> large_conv2d(x, weight).shape
-        torch.Size([2, 4, 16, 16])
+        >>> torch.allclose(large_conv2d(x, weight), F.conv2d(x, weight, padding=8), atol=1e-3)
+        True
     """
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
@@ -151,7 +161,7 @@ def _convolve(
             weight, before[d] = weight.narrow(d + 2, first, end - first), p - first
     recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     compiling = torch.compiler.is_compiling()
-    keeps = packed is not None and groups == 1 and not recorded and not compiling and is_keepable(weight)
+    keeps = packed is not None and groups == 1 and not recorded and not compiling and _is_keepable(weight)
     if backend is None:
         transforms = fft.unsupported(x) is None and prefers_transform(x, weight, before, groups, keeps)
         backend = 'fft' if transforms else 'native'
@@ -162,6 +172,8 @@ def _convolve(
         if x.device.type == 'cpu':
             working = torch.promote_types(dtype, torch.float32)
             x, weight, bias = x.to(working), weight.to(working), None if bias is None else bias.to(working)
+        if causal and 8 * before[0] < x.shape[2]:  # leaner and 10 % faster than with a padded copy that backward needs
+            return F.conv1d(x, weight, bias, padding=before, groups=groups)[..., :x.shape[2]].contiguous().to(dtype)
         if backend == 'native' or private.transforms_active():
             return _direct(x, weight, bias, before, groups).to(dtype)
         y = _direct(x.contiguous(memory_format=layout[backend]), weight, bias, before, groups)
@@ -196,7 +208,7 @@ def _direct(
     return F.conv2d(x, weight, bias, padding=before, groups=groups)
 
 
-def is_keepable(weight: torch.Tensor) -> bool:
+def _is_keepable(weight: torch.Tensor) -> bool:
     """Whether every change of the weight counts as a new version: not with fused optimizers, nor in inference mode."""
     return not weight.is_inference() and not weight.requires_grad
 

@@ -168,14 +168,13 @@ class _Plan(NamedTuple):
             at: Optional[Sequence[int]] = None,
     ) -> None:
         """spectrum (F, M, C) → out (M, C, *L), the samples from `at` (0 by default) on, divided by both scales."""
-        half = (*self.lengths[:-1], self.lengths[-1] // 2 + 1)
-        x = spectrum.flatten(1).t().contiguous().unflatten(1, half).unflatten(0, spectrum.shape[1:])
-        for d, n in enumerate(out.shape[2:], 2):
-            last = d == x.ndim - 1
-            x = torch.fft.irfft(x, n=self.lengths[-1]) if last else torch.fft.ifft(x, dim=d)
-            x = x.narrow(d, at[d - 2] if at else 0, n)
-        # One after the other: their product may be out of range.
-        torch.mul(x.mul_(1 / scales[0]), 1 / scales[1], out=out)
+        x = spectrum.unflatten(0, (*self.lengths[:-1], self.lengths[-1] // 2 + 1))
+        last = len(self.lengths) - 1
+        for d, n in enumerate(out.shape[2:]):
+            x = torch.fft.irfft(x, self.lengths[d], d) if d == last else torch.fft.ifft(x, dim=d)
+            x = x.narrow(d, at[d] if at else 0, n)
+        # One scale after the other: their product may be out of range.
+        torch.mul(x.movedim((-2, -1), (0, 1)).mul_(1 / scales[0]), 1 / scales[1], out=out)
 
     def pieces(self, x: torch.Tensor, rows: int, columns: int) -> Iterator[slice]:
         """The rows (or columns) of a matrix for each frequency in pieces; in one on devices without such caches."""
