@@ -173,7 +173,7 @@ def _clear_unmet(dw: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, before: 
 
 
 def _support(x: torch.Tensor, dim: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The first and last index of a dimension with values that are not zero, (M, C) each; far apart if there is none."""
+    """The first and last index of a dimension with a value that is not zero, (M, C) each; far apart without one."""
     far = 2 ** 28
     found = x != 0
     for d in range(x.ndim - 1, 1, -1):
