@@ -510,7 +510,7 @@ def test_kernels_of_another_length_are_refused(tmp_path, capsys):
     """Weights of points do not show it: sMNIST and raw Speech Commands have the same shapes."""
     _, command = trained(tmp_path, 'smpconv_tcn_smnist')
     assert convert.main([*command, '--model', 'smpconv_tcn_scraw']) == 1
-    assert 'kernels of 16000 samples for smpconv_tcn_scraw, got a train_length of 784' in capsys.readouterr().err
+    assert 'train_length must be 16000, the length of the kernels of the model, got [784]' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 

@@ -2,7 +2,7 @@
 
 Shapes: B batch, C channels, H and W height and width, L length.
 """
-from copy import copy
+from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Type, Union
 
@@ -33,10 +33,9 @@ class Stem(nn.Module):
         """The stem with its parts merged."""
         if self.merged:
             return self
-        merged = copy(self)
-        merged._modules = {
-            name: merge(part, f'stem.{name}') if hasattr(part, 'fuse') else part
-            for name, part in self.named_children()}
+        parts = {name: merge(part, f'stem.{name}') for name, part in self.named_children() if hasattr(part, 'fuse')}
+        merged = deepcopy(self)
+        merged._modules.update(parts)
         merged.merged = True
         return merged
 
@@ -77,6 +76,11 @@ class SMPNet(_MergesAtOnce, CheckedLoading):
         stem: nn.Module
         head: Any
         num_classes: int
+
+    @torch.jit.ignore
+    def authors_buffers(self) -> Dict[str, torch.Tensor]:
+        """Entries of the state dict that the authors' checkpoints do not have, with the values they mean."""
+        return {}
 
     def reparameterize(self) -> None:
         """Merge all parts in place, or none."""
@@ -125,7 +129,7 @@ class SMPNet(_MergesAtOnce, CheckedLoading):
         Returns:
             The output of the last level that ran, and the list of intermediates.
         """
-        if output_fmt not in (None, self.output_fmt):
+        if output_fmt not in (None, 'NCHW', self.output_fmt):  # timm's wrappers ask for 'NCHW', channels first
             raise ValueError(f'output_fmt must be {self.output_fmt!r}, got {output_fmt!r}')
         intermediates = []
         levels = getattr(self, self.levels)

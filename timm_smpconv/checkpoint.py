@@ -49,6 +49,7 @@ _CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 _PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
 _POSITIONS = re.compile(r'(^|\.)kernel\.(coords|radius)$')
 _PERMUTATION = re.compile(r'(^|\.)stem\.permutation$')
+_LENGTH = re.compile(r'(^|\.)stem\.kernel_size$')
 
 
 class CheckpointError(RuntimeError):
@@ -191,6 +192,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     for key, value in source.items():
         renamed = _rename(key)
         if renamed is None:
+            _check_length(key, value, model)
             continue
         if renamed in out:
             raise CheckpointError(f'state_dict must hold every weight once, got {renamed} under two names')
@@ -198,8 +200,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
                 renamed.endswith('.kernel.radius') or renamed == 'head.fc.weight'):
             value = value.flatten(1)  # (G, P, 1[, 1]) → (G, P); a 1×1 convolution (O, I, 1, 1) → (O, I)
         out[renamed] = value
-    if is_authors_layout(source):  # their code draws the permutation when it reads the data
-        out.update({key: value for key, value in expected.items() if _PERMUTATION.search(key) and key not in out})
+    if is_authors_layout(source):
+        out = {**getattr(model, 'authors_buffers', dict)(), **out}
     _check_keys(out, expected, ignore=_CLASSIFIER)
     inputs = getattr(model, 'input_weights', ())
     _check_values(out, expected, any_shape=(*inputs, *_CLASSIFIER))
@@ -209,6 +211,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
         if key in out and key in expected and key not in adapted_by_timm:
             out[key] = _adapt_input(key, out[key], expected[key].shape)
     return out
+
+
+def _check_length(key: str, value: Any, model: nn.Module) -> None:
+    """Compare the length of the kernels that the authors' code saves (0 before it is known) with the model's."""
+    expected = getattr(model, 'kernel_length', None)
+    if expected and key.endswith('.train_length') and isinstance(value, torch.Tensor) and not value.is_meta:
+        found = value.flatten().tolist()
+        if found not in ([0], [expected]):
+            raise CheckpointError(f'{key} must be {expected}, the length of the kernels of the model, got {found}')
 
 
 def _adapt_input(key: str, weight: torch.Tensor, like: Sequence[int]) -> torch.Tensor:
@@ -328,6 +339,9 @@ def _check_values(
                 _check_points(key, value.to(like.dtype))
             elif _PERMUTATION.search(key):
                 _check_permutation(key, value)
+            elif _LENGTH.search(key) and not like.is_meta and not value.is_meta and value.item() != like.item():
+                raise CheckpointError(
+                    f'{key} must be {like.item()}, the length of the kernels of the model, got {value.item()}')
     if wrong:
         raise CheckpointError(f'state_dict must have the shapes of the model, got {_some(wrong)}')
 

@@ -78,7 +78,7 @@ def _distance(coords: torch.Tensor, size: int, index: Optional[torch.Tensor] = N
 
 def _window(radius: torch.Tensor, size: int) -> Optional[int]:
     """The most samples of `size` that a point of any of these radii reaches; None if the radii are unknown."""
-    largest = _known(radius.detach().max())
+    largest = _known(radius.detach().max()) if radius.numel() else None
     if largest is None or not math.isfinite(largest):
         return None
     return min(size, math.floor(largest * (size - 1)) + 3)  # one more at each end for rounding

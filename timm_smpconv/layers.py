@@ -56,10 +56,8 @@ def check_images(x: torch.Tensor, channels: int, least: int = 1) -> None:
 
 
 @torch.fx.wrap
-def check_sequences(x: torch.Tensor, channels: int, longest: int = 0, exact: bool = False) -> None:
-    """Raise an error unless x is (B, channels, L), floating point, with L from 1 to `longest`, if that is given.
-
-    With `exact`, L must be `longest`.
+def check_sequences(x: torch.Tensor, channels: int) -> None:
+    """Raise an error unless x is (B, channels, L), floating point, with L at least 1.
 
     One node in an FX graph, and nothing in a trace.
     """
@@ -69,10 +67,6 @@ def check_sequences(x: torch.Tensor, channels: int, longest: int = 0, exact: boo
         raise TypeError(f'x must be a tensor of shape (B, {channels}, L), got {type(x).__name__}')
     if x.ndim != 3 or x.shape[1] != channels or x.shape[2] < 1:
         raise ValueError(f'x must be (B, {channels}, L) with L at least 1, got shape {list(x.shape)}')
-    if exact and x.shape[2] != longest:
-        raise ValueError(f'x must have seq_len = {longest} samples, which the network permutes, got {x.shape[2]}')
-    if longest and x.shape[2] > longest:
-        raise ValueError(f'x must have at most seq_len = {longest} samples, got {x.shape[2]}')
     if not x.is_floating_point():
         raise TypeError(f'x must be floating point, got {x.dtype}')
 
@@ -321,8 +315,12 @@ class SMPConv1d(_SMPConv):
             in_channels, out_channels, (k,), (d,), groups, bias, padding_mode, points, average, radius=radius,
             coords_std=coords_std, coords_mean=1. if causal else 0.,
             radius_range=radius_range or _default_range(depthwise), device=device, dtype=dtype)
+        if s < 1:
+            raise ValueError(f'stride must be at least 1, got {s}')
         self.stride = (s,)
         self.padding = (_single('padding', _check_padding(padding, (k,), self.stride)),)
+        if self.padding[0] < 0:
+            raise ValueError(f'padding must be at least 0, got {self.padding[0]}')
         self.causal = causal
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -460,6 +458,7 @@ class DenseRepSMPConv2d(_RepConv):
     ):
         dd = {'device': device, 'dtype': dtype}
         large, (k, l) = odd_sizes(kernel_size, small_kernel)
+        smp_args = {'coords_std': 0.05, **smp_args}
         conv = SMPConv2d(in_channels, out_channels, large, padding='same', bias=bias, average=True, **smp_args, **dd)
         small = nn.Conv2d(in_channels, out_channels, (k, l), padding=(k // 2, l // 2), bias=small_bias, **dd)
         super().__init__(ConvNorm(conv, **dd), ConvNorm(small, **dd))

@@ -223,7 +223,7 @@ def conv1d(
         return F.conv1d(x, weight, bias, [stride], [padding], groups=groups)
     if causal:
         return causal_conv1d(x, weight, bias, groups, packed=packed)
-    return causal_conv1d(F.pad(x, [0, k // 2]), weight, bias, groups, packed=packed)[..., k // 2:]
+    return causal_conv1d(F.pad(x, [0, k // 2]), weight, bias, groups, packed=packed)[..., k // 2:].contiguous()
 
 
 class MergedConv1d(nn.Conv1d):

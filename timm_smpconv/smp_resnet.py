@@ -118,6 +118,7 @@ class SMPResNet(SMPNet):
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.num_features = dims[-1]
+        self.kernel_length = kernel_size
         self.grad_checkpointing = False
 
         def conv(in_dim: int, dim: int, small_bias: bool = False) -> nn.Module:
@@ -175,4 +176,6 @@ default_cfgs = generate_default_cfgs({
 @register_model
 def smpconv_resnet_cifar10(pretrained: bool = False, **kwargs: Any) -> SMPResNet:
     """The CIFAR-10 network, kernels of 33×33: 93.00 % top-1 as published."""
-    return create_model(SMPResNet, 'smpconv_resnet_cifar10', pretrained, (1, 4, 6), **kwargs)
+    dims = kwargs.get('dims', (24, 24, 36, 36, 36, 48, 48))
+    last = [i for i, dim in enumerate(dims) if dim not in dims[i + 1:i + 2]]  # of the blocks of each width
+    return create_model(SMPResNet, 'smpconv_resnet_cifar10', pretrained, last, **kwargs)

@@ -16,26 +16,47 @@ from timm.models import generate_default_cfgs, register_model
 
 from .base import SMPNet, Stem, checkpoint_blocks, create_model, model_cfg
 from .checkpoint import check_before_loading
-from .layers import ClassifierHead, RepSMPConv1d, SelectSequencePool, check_sequences
+from .layers import ClassifierHead, RepSMPConv1d, SelectSequencePool
 from .merged import MergedConv1d
 from .pretrained import hub_id
 
 __all__ = ['SMPTCN']
 
-torch.fx.wrap('check_sequences')  # FX wraps a function in one module at a time
-
 
 @torch.fx.wrap
-def read_rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) → (B, C, H * W); other shapes as they are."""
-    return x.flatten(2) if x.ndim == 4 else x
+def read_sequences(x: torch.Tensor, channels: int, longest: int, exact: bool) -> torch.Tensor:
+    """Sequences, (B, channels, L), as they are, and images, (B, channels, H, W), row by row.
+
+    One node in an FX graph.
+
+    Raises:
+        ValueError: The shape is another, or L is not from 1 to `longest`, or with `exact` not `longest`.
+        TypeError: x is not a floating point tensor.
+    """
+    if torch.jit.is_tracing():
+        return x.flatten(2)
+    if not torch.jit.is_scripting() and not isinstance(x, torch.Tensor):
+        raise TypeError(f'x must be a tensor of shape (B, {channels}, L or H, W), got {type(x).__name__}')
+    if x.ndim not in (3, 4) or x.shape[1] != channels:
+        raise ValueError(f'x must be (B, {channels}, L) or (B, {channels}, H, W), got shape {list(x.shape)}')
+    shape = list(x.shape)
+    x = x.flatten(2)
+    if exact and x.shape[2] != longest:
+        raise ValueError(f'x must have seq_len = {longest} samples, which the network permutes, got shape {shape}')
+    if not 1 <= x.shape[2] <= longest:
+        raise ValueError(f'x must have from 1 to seq_len = {longest} samples, got shape {shape}')
+    if not x.is_floating_point():
+        raise TypeError(f'x must be floating point, got {x.dtype}')
+    return x
 
 
 class SequenceStem(Stem):
     """The check of the network's input, its permutation, and dropout; (B, in_chans, L or H, W) → (B, in_chans, L).
 
     Attributes:
-        permutation: (seq_len,): sample n of the result is sample `permutation[n]` of the input.
+        kernel_size: The length of the kernels, in the state dict: the shapes of points do not tell it.
+        permutation: (seq_len,), None if nothing is permuted: sample n of the result is sample `permutation[n]` of the
+            input.
     """
     permutation: Optional[torch.Tensor]
 
@@ -43,6 +64,7 @@ class SequenceStem(Stem):
             self,
             in_chans: int,
             seq_len: int,
+            kernel_size: int,
             permuted: bool,
             input_drop_rate: float,
             merged: bool,
@@ -52,15 +74,30 @@ class SequenceStem(Stem):
         self.in_chans = in_chans
         self.seq_len = seq_len
         self.merged = merged
-        permutation = None
-        if permuted:  # the authors' for 784: the first draw after `np.random.seed(0)`
-            permutation = torch.from_numpy(np.random.RandomState(0).permutation(seq_len)).long().to(device)
+        self.length = kernel_size
+        self.register_buffer('kernel_size', torch.empty([], dtype=torch.long, device=device))
+        permutation = torch.empty(seq_len, dtype=torch.long, device=device) if permuted else None
         self.register_buffer('permutation', permutation)
         self.drop = nn.Dropout(input_drop_rate)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def initial_buffers(self) -> Dict[str, torch.Tensor]:
+        """The values of the buffers. The permutation is the authors': the first draw after `np.random.seed(0)`."""
+        found = {'kernel_size': torch.tensor(self.length, device='cpu')}
+        if self.permutation is not None:
+            found['permutation'] = torch.tensor(
+                np.random.RandomState(0).permutation(self.seq_len).tolist(), device='cpu')
+        return found
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Set the buffers, after `to_empty()` for one."""
+        for name, value in self.initial_buffers().items():
+            getattr(self, name).copy_(value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = read_rows(x)
-        check_sequences(x, self.in_chans, self.seq_len, self.permutation is not None)
+        x = read_sequences(x, self.in_chans, self.seq_len, self.permutation is not None)
         permutation = self.permutation
         if permutation is not None:
             x = x[:, :, permutation]
@@ -103,7 +140,8 @@ class SMPTCN(SMPNet):
         small_kernel: Length of the kernels beside them.
         points: Points of each output channel's kernels.
         conv_bias: Learn a bias in the SMP convolutions.
-        radius: Initial radius of the points, 2 / K by default (appendix, 1.1).
+        radius: Initial radius of the points, 2 / K by default (appendix, 1.1). The registered models have that of the
+            authors' code, unless seq_len or kernel_size is given.
         radius_range: Smallest and largest radius. The authors' code has (1e-4, 1), the appendix (1e-4, 0.1).
         drop_rate: Dropout within the blocks.
         input_drop_rate: Dropout of the input.
@@ -162,6 +200,7 @@ class SMPTCN(SMPNet):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.seq_len = seq_len
+        self.kernel_length = length
         self.drop_rate = drop_rate
         self.num_features = dim
         self.grad_checkpointing = False
@@ -173,7 +212,7 @@ class SMPTCN(SMPNet):
                 in_dim, dim, length, small_kernel, conv_bias, points=points, radius=radius, radius_range=radius_range,
                 **dd)
 
-        self.stem = SequenceStem(in_chans, seq_len, permuted, input_drop_rate, inference_mode, device)
+        self.stem = SequenceStem(in_chans, seq_len, length, permuted, input_drop_rate, inference_mode, device)
         self.blocks = nn.Sequential(*[
             TCNBlock(
                 conv(in_dim), conv(dim), nn.Identity() if in_dim == dim else nn.Conv1d(in_dim, dim, 1, **dd),
@@ -185,6 +224,10 @@ class SMPTCN(SMPNet):
             dim, num_classes, global_pool, select_pool=SelectSequencePool,
             init_weight=partial(nn.init.normal_, std=0.01), **dd)
         self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def authors_buffers(self) -> Dict[str, torch.Tensor]:
+        return {f'stem.{name}': value for name, value in self.stem.initial_buffers().items()}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -223,47 +266,51 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_smp_tcn(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPTCN:
-    return create_model(SMPTCN, variant, pretrained, range(kwargs.get('depth', 6)), **kwargs)
+def _create_smp_tcn(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args: Any) -> SMPTCN:
+    args = {**model_args, **kwargs}
+    if (args['seq_len'], args.get('kernel_size')) != (model_args['seq_len'], None) and 'radius' not in kwargs:
+        del args['radius']  # in a kernel of another length it may reach no sample
+    return create_model(SMPTCN, variant, pretrained, range(args.get('depth', 6)), **args)
 
 
 @register_model
 def smpconv_tcn_smnist(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
     """Sequential MNIST, one pixel at a time: 99.75 % as published."""
-    model_args = dict(in_chans=1, seq_len=784, radius=0.002, input_drop_rate=0.1)
-    return _create_smp_tcn('smpconv_tcn_smnist', pretrained, **dict(model_args, **kwargs))
+    return _create_smp_tcn(
+        'smpconv_tcn_smnist', pretrained, kwargs, in_chans=1, seq_len=784, radius=0.002, input_drop_rate=0.1)
 
 
 @register_model
 def smpconv_tcn_pmnist(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
     """Permuted sequential MNIST: 99.10 % as published."""
-    model_args = dict(in_chans=1, seq_len=784, radius=0.002, input_drop_rate=0.1, permuted=True)
-    return _create_smp_tcn('smpconv_tcn_pmnist', pretrained, **dict(model_args, **kwargs))
+    return _create_smp_tcn(
+        'smpconv_tcn_pmnist', pretrained, kwargs, in_chans=1, seq_len=784, radius=0.002, input_drop_rate=0.1,
+        permuted=True)
 
 
 @register_model
 def smpconv_tcn_scifar10(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
     """Sequential CIFAR-10: 84.86 % as published."""
-    model_args = dict(in_chans=3, seq_len=1024, radius=0.002, conv_bias=True)
-    return _create_smp_tcn('smpconv_tcn_scifar10', pretrained, **dict(model_args, **kwargs))
+    return _create_smp_tcn(
+        'smpconv_tcn_scifar10', pretrained, kwargs, in_chans=3, seq_len=1024, radius=0.002, conv_bias=True)
 
 
 @register_model
 def smpconv_tcn_ct(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
     """Character Trajectories: 99.53 % as published."""
-    model_args = dict(in_chans=3, num_classes=20, seq_len=182, radius=0.012, conv_bias=True)
-    return _create_smp_tcn('smpconv_tcn_ct', pretrained, **dict(model_args, **kwargs))
+    return _create_smp_tcn(
+        'smpconv_tcn_ct', pretrained, kwargs, in_chans=3, num_classes=20, seq_len=182, radius=0.012, conv_bias=True)
 
 
 @register_model
 def smpconv_tcn_sc(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
     """Speech Commands as MFCC: 97.71 % as published."""
-    model_args = dict(in_chans=20, seq_len=161, radius=0.012, conv_bias=True, drop_rate=0.2)
-    return _create_smp_tcn('smpconv_tcn_sc', pretrained, **dict(model_args, **kwargs))
+    return _create_smp_tcn(
+        'smpconv_tcn_sc', pretrained, kwargs, in_chans=20, seq_len=161, radius=0.012, conv_bias=True, drop_rate=0.2)
 
 
 @register_model
 def smpconv_tcn_scraw(pretrained: bool = False, **kwargs: Any) -> SMPTCN:
     """Speech Commands as raw samples: 94.95 % as published."""
-    model_args = dict(in_chans=1, seq_len=16000, radius=0.0002, drop_rate=0.1)
-    return _create_smp_tcn('smpconv_tcn_scraw', pretrained, **dict(model_args, **kwargs))
+    return _create_smp_tcn(
+        'smpconv_tcn_scraw', pretrained, kwargs, in_chans=1, seq_len=16000, radius=0.0002, drop_rate=0.1)

@@ -103,7 +103,7 @@ def convert(
         authors = is_authors_layout(source)
         sha256 = file_sha256(checkpoint)
         model = build(name, tag, source)
-        check_task(name, content, source)
+        check_task(name, content)
         if not authors and isinstance(content.get('args'), argparse.Namespace):  # as train.py evaluated it
             settings = resolve_data_config(vars(content['args']), model=model)
             settings['input_size'] = (model.in_chans, *settings['input_size'][1:])
@@ -174,14 +174,8 @@ def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
     return model.eval()
 
 
-def check_task(name: str, content: Mapping[str, Any], source: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights of another network with the same shapes: weights of points do not show the kernels' length."""
-    lengths = sorted({int(value) for key, value in source.items() if key.endswith('.train_length')} - {0})
-    expected = reference_smp.CONFIGS.get(name, {}).get('size', ())
-    if lengths and lengths != sorted({*expected}):
-        raise ConversionError(
-            f'CHECKPOINT must have kernels of {expected[0]} samples for {name}, got a train_length of '
-            f'{", ".join(map(str, lengths))}')
+def check_task(name: str, content: Mapping[str, Any]) -> None:
+    """Refuse what Lightning trained under another name, or with arguments of its own."""
     settings = content.get('hyper_parameters')  # what SequenceClassifier was built with
     if isinstance(settings, Mapping):
         free = ('num_classes', 'in_chans', 'drop_rate', 'input_drop_rate')
@@ -225,7 +219,7 @@ def sizes(model: Model) -> List[Tuple[int, int]]:
 def oracle(source: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
     family = reference if name in reference.CONFIGS else reference_smp
     print(f'evaluating it at {x.shape[2]}×{x.shape[3]} in the plain network of tests/{family.__name__}.py', flush=True)
-    exact = {k: v.double() if v.is_floating_point() else v for k, v in family.in_authors_layout(source).items()}
+    exact = {k: v.double() for k, v in family.in_authors_layout(source).items() if isinstance(v, torch.Tensor)}
     with torch.inference_mode():
         return family.logits(exact, name, x.double())
 

@@ -53,8 +53,9 @@ def causal_conv1d(
     """`F.conv1d(F.pad(x, (K - 1, 0)), weight, bias, groups=groups)`, fast for kernels as long as the sequence.
 
     Differentiable any number of times in x, weight and bias. It is computed directly or by FFT, whichever costs less by
-    a count of operations; the errors of an FFT are relative to the largest value of the sequence. In graphs that leave
-    PyTorch (`torch.export`, TorchScript, tracing) it is that `F.conv1d`.
+    a count of operations. The errors of an FFT are relative to the largest value of the sequence, earlier samples
+    included: on CPUs, sequences where that matters are computed directly, unless that takes 2 GiB and more for each. In
+    graphs that leave PyTorch (`torch.export`, TorchScript, tracing) it is that `F.conv1d`.
 
     Args:
         x: (B, I, L).
@@ -96,9 +97,9 @@ def large_conv2d(
     """`F.conv2d(x, weight, bias, padding=(K // 2, L // 2))`, fast for kernels as large as the map.
 
     Differentiable any number of times in x, weight and bias. It is computed directly or by FFT, whichever costs less by
-    a count of operations; the errors of an FFT are relative to the largest value of the image. In graphs that leave
-    PyTorch (`torch.export`, TorchScript, tracing) it is that `F.conv2d`. The result of an FFT has the memory format of
-    x.
+    a count of operations. The errors of an FFT are relative to the largest value of the image: on CPUs, images where
+    that matters are computed directly. In graphs that leave PyTorch (`torch.export`, TorchScript, tracing) it is that
+    `F.conv2d`. The result of an FFT has the memory format of x.
 
     Args:
         x: (B, I, H, W).
@@ -165,6 +166,16 @@ def _convolve(
     if backend is None:
         transforms = fft.unsupported(x) is None and prefers_transform(x, weight, before, groups, keeps)
         backend = 'fft' if transforms else 'native'
+        values_known = x.device.type == 'cpu' and type(x) is torch.Tensor and not (
+            compiling or private.transforms_active() or private.dispatch_mode_active())
+        if transforms and values_known and x.numel() and _fits(x, weight):
+            accurate = spectra.is_accurate(x)  # (B,)
+            if not accurate.all():
+                which = accurate.nonzero().flatten(), (~accurate).nonzero().flatten()
+                parts = [
+                    _convolve(x[part], weight, bias, groups, name, packed, causal)
+                    for name, part in zip(('fft', 'native'), which) if len(part)]
+                return torch.cat(parts)[torch.cat(which).argsort()]
     if x.shape[0] == 0:
         backend = 'native'
     if backend != 'fft':
@@ -188,6 +199,11 @@ def _convolve(
     if bias is not None:
         y = y + bias.view(-1, *[1] * len(before))
     return y
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a direct convolution takes less than 2 GiB for the windows of one image or sequence."""
+    return weight[0].numel() * x[0, 0].numel() * max(4, x.element_size()) < 2 ** 31
 
 
 def _before(weight: torch.Tensor, causal: bool) -> List[int]:

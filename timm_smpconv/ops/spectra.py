@@ -17,7 +17,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from .backends.fft import fast_length
+from .backends.fft import PEAK, fast_length
 from .choice import memory_format
 
 # Entries of a spectrum that are computed together, 4 MiB in float32. More leave the cache and cost page faults, ms on
@@ -142,7 +142,44 @@ def gradients(
             g, x_spectrum = g.conj_physical_().mT, plan.forward(x, x_scale, before)
             for o in plan.pieces(grad, outputs, max(batch, inputs)):
                 plan.inverse(g[:, o] @ x_spectrum, dw[o], (scale, x_scale))
+    if x is not None:
+        _clear_unmet(dw, grad, x, before)
     return dx, dw
+
+
+def is_accurate(x: torch.Tensor) -> torch.Tensor:
+    """Where `conv` is about as accurate as a direct convolution, (B,): see the top of `backends.fft`."""
+    flat = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    peak = torch.linalg.vector_norm(flat, math.inf, 1)
+    others = flat.count_nonzero(1) - 1
+    mean = (torch.linalg.vector_norm(flat, 1, 1) - peak) / others.clamp(min=1)
+    return (peak <= PEAK * mean) | ((others < 1) & peak.isfinite())
+
+
+def _clear_unmet(dw: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, before: Sequence[int]) -> None:
+    """Set the gradient of taps that meet only padding, and zeros before or behind all other values, to zero in place.
+
+    Otherwise Adam would make whole steps out of rounding noise.
+    """
+    for d, p in enumerate(before, 2):
+        g, v = _support(grad, d), _support(x, d)
+        low = (v[0][:, None] - g[1][:, :, None]).amin(0) + p  # (O, I)
+        high = (v[1][:, None] - g[0][:, :, None]).amax(0) + p
+        if dw.device.type == 'cpu' and low.max() <= 0 and high.min() >= dw.shape[d] - 1:
+            continue
+        taps = torch.arange(dw.shape[d], device=dw.device)
+        unmet = (taps < low[..., None]) | (taps > high[..., None])  # (O, I, K)
+        dw.masked_fill_(unmet.reshape(*unmet.shape[:2], *(-1 if n == d else 1 for n in range(2, dw.ndim))), 0)
+
+
+def _support(x: torch.Tensor, dim: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The first and last index of a dimension with values that are not zero, (M, C) each; far apart if there is none."""
+    far = 2 ** 28
+    found = x != 0
+    for d in range(x.ndim - 1, 1, -1):
+        found = found if d == dim else found.any(d)
+    index = torch.arange(x.shape[dim], device=x.device, dtype=torch.int32)
+    return torch.where(found, index, far).amin(-1), torch.where(found, index, -far).amax(-1)
 
 
 class _Plan(NamedTuple):

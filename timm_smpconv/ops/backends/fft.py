@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 # Largest ratio of a plane's peak to the mean magnitude of its other nonzero values at which a transform is about as
 # accurate as a direct convolution: 5 for normal numbers, behind a ReLU too.
-_PEAK = 64
+PEAK = 64
 # Weight gradients below this many units of rounding noise are checked for being exactly zero. Noise reaches 6 units.
 _NOISE = 64
 
@@ -69,7 +69,7 @@ def is_accurate(x: torch.Tensor, weight: torch.Tensor) -> bool:
     peak = torch.linalg.vector_norm(x, math.inf, (2, 3), dtype=dtype)
     others = x.count_nonzero((2, 3)) - 1
     mean = (torch.linalg.vector_norm(x, 1, (2, 3), dtype=dtype) - peak) / others.clamp(min=1)
-    return bool(((peak <= _PEAK * mean) | (others < 1)).all()) and _range(peak, weight, x.shape[2:]) < 1
+    return bool(((peak <= PEAK * mean) | (others < 1)).all()) and _range(peak, weight, x.shape[2:]) < 1
 
 
 def is_in_range(grad: torch.Tensor, x: torch.Tensor) -> bool:
