@@ -478,3 +478,20 @@ def test_gradients_of_taps_that_meet_nothing_are_zero():
                 grads.append(torch.autograd.grad(y, leaf, cotangent)[0])
             assert difference(*grads) < 1e-12
             assert torch.equal(grads[0] == 0, grads[1] == 0)
+
+
+def test_inputs_for_which_an_fft_is_inaccurate_are_computed_directly():
+    """One value 10⁶ times larger than the others, an infinity or a NaN: the outputs that do not see it are exact."""
+    for family, case in (('causal', (3, 8, 8, 400, 400, 1)), ('same', (3, 8, 8, 24, 24, 25, 25))):
+        x, weight = tensors(family, case, torch.float32, bias=False)
+        before = [k - 1 if family == 'causal' else k // 2 for k in weight.shape[2:]]
+        assert prefers_transform(x, weight, before, 1, False)
+        for value in (1e6, float('inf'), float('nan')):
+            x[1, 1, -1] = value
+            y, expected = ours(family, case)(x, weight), reference(family, case)(x.double(), weight.double())
+            unseen = (slice(None), slice(None), slice(0, 11 if family == 'same' else 399))
+            assert difference(y[unseen], expected[unseen]) < 1e-5
+            by_fft = ours(family, case, 'fft')(x, weight)
+            assert difference(by_fft[::2], expected[::2]) < 1e-5
+            with pytest.raises(AssertionError):
+                assert difference(by_fft[unseen], expected[unseen]) < 1e-5

@@ -107,6 +107,12 @@ def test_a_compiled_or_traced_kernel_does_not_depend_on_the_radii_it_was_capture
             assert difference(program(), expected) < TOLERANCE[torch.float64]
 
 
+def test_a_kernel_without_points_is_zero():
+    for groups, count in ((1, 0), (0, 3)):
+        inputs = torch.zeros(groups, count, 1), torch.zeros(groups, count), torch.zeros(groups, 2, count)
+        assert torch.equal(render_kernel(*inputs, (SIZE,)), torch.zeros(groups, 2, SIZE))
+
+
 def test_wide_points_are_rendered_too():
     inputs = points([0.02, 1., 0.7])
     assert difference(

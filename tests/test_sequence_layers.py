@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import LAYOUTS, TOLERANCE, difference, shake_norms
 from reference import kernel_loop
 
-from timm_smpconv import MergeError, SMPConv1d, SMPConv2d, SMPKernel, prepack
+from timm_smpconv import MergeError, SMPConv1d, SMPConv2d, SMPKernel, prepack, use_backend
 from timm_smpconv.layers import CausalConv1d, ConvNorm, DenseRepSMPConv2d, RepSMPConv1d
 from timm_smpconv.merged import MergedConv1d, MergedLargeConv2d
 
@@ -152,11 +152,12 @@ def test_prepacked_layers_follow_their_weights_and_pickle(make):
     shape = (1, 4, 64) if isinstance(merged, MergedConv1d) else (1, 4, 32, 32)
     expected = deepcopy(merged)
     prepack(merged)
-    with torch.no_grad():
+    with torch.no_grad(), use_backend('fft'):
         for n in range(3):
             x = torch.randn(*shape[:2], *(s - 2 * n for s in shape[2:]))
             assert difference(merged(x), expected(x)) < TOLERANCE[torch.float32]
             assert difference(pickle.loads(pickle.dumps(merged))(x), expected(x)) < TOLERANCE[torch.float32]
+            assert merged.packed._kept is not None
             for conv in (merged, expected):
                 conv.weight.mul_(-1.5)
 

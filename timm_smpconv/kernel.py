@@ -8,7 +8,7 @@ https://arxiv.org/abs/2304.02330, and the authors' `smp_imagenet/models/SMPConv.
 """
 import math
 import operator
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -78,7 +78,7 @@ def _distance(coords: torch.Tensor, size: int, index: Optional[torch.Tensor] = N
 
 def _window(radius: torch.Tensor, size: int) -> Optional[int]:
     """The most samples of `size` that a point of any of these radii reaches; None if the radii are unknown."""
-    largest = _known(radius.detach().max()) if radius.numel() else None
+    largest = _known(radius, torch.max)
     if largest is None or not math.isfinite(largest):
         return None
     return min(size, math.floor(largest * (size - 1)) + 3)  # one more at each end for rounding
@@ -109,13 +109,13 @@ def _render_windows(
     return terms.new_zeros(*terms.shape[:2], size).scatter_add(2, index.unsqueeze(1).expand_as(terms), terms)
 
 
-def _known(value: torch.Tensor) -> Optional[float]:
-    """The value of a tensor with one element; None while a graph is captured, on the meta device and under `vmap`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or value.is_meta or (
-            value.is_cuda and torch.cuda.is_current_stream_capturing()):
+def _known(x: torch.Tensor, limit: Callable[[torch.Tensor], torch.Tensor]) -> Optional[float]:
+    """The least or largest value of x; None if there is none, or it is unknown: in a captured graph, under `vmap`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or x.numel() == 0 or (
+            x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     try:
-        return value.item()
+        return limit(x.detach()).item()
     except RuntimeError:  # how `vmap` and fake tensors say that they have no values
         return None
 
@@ -203,7 +203,7 @@ def render_kernel(
     for name, value in (('coords', coords), ('radius', radius), ('weight', weight)):
         if not value.is_floating_point():
             raise ValueError(f'{name} must be floating-point, got {value.dtype}')
-    least = _known(radius.detach().min()) if radius.numel() else None
+    least = _known(radius, torch.min)
     if least is not None and not least > 0:
         raise ValueError(f'radius must be positive everywhere, got a minimum of {least}')
     return _render_in_float(coords, radius, weight, size, average)
