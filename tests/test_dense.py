@@ -218,6 +218,8 @@ def test_autocast(dtype, backend):
         assert difference(y, reference(family, case)(*inputs)) < TOLERANCE[dtype]
         y.sum().backward()
         assert all(t.grad.dtype == torch.float32 for t in inputs)
+        with torch.autocast('cpu', dtype=dtype), torch.no_grad():
+            assert torch.equal(ours(family, case, backend)(*inputs), y)
 
 
 @pytest.mark.parametrize('backend', [None, 'fft'])
@@ -453,3 +455,43 @@ def test_a_requested_backend():
         causal_conv1d(x, weight)
     with use_backend('fft'):
         assert torch.equal(causal_conv1d(x, weight, backend='native'), causal_conv1d(x, weight, backend='native'))
+
+
+def test_gradients_of_taps_that_meet_nothing_are_zero():
+    """Nothing but padding, or zeros before or behind all other values; Adam would make steps of rounding noise."""
+    for family, case in (('causal', (2, 2, 3, 90, 90, 1)), ('causal', (5, 2, 3, 90, 200, 1)),
+                         ('same', (2, 2, 3, 40, 6, 41, 11)), ('same', (5, 2, 3, 6, 40, 5, 41))):
+        x, weight = tensors(family, case, bias=False)
+        dim = 2 + (x.ndim == 4 and x.shape[3] > x.shape[2])
+        for first, end in ((0, 0), (3, 2), (70 if x.shape[dim] == 90 else 30, 1)):
+            some = x.clone()
+            some.narrow(dim, 0, first).zero_()
+            some.narrow(dim, x.shape[dim] - end, end).zero_()
+            some[:, 1] = 0 if first == 3 else some[:, 1]  # a dead channel
+            some.requires_grad_()
+            grads = []
+            for function in (ours(family, case, 'fft'), reference(family, case)):
+                leaf = weight.clone().requires_grad_()
+                y = function(some, leaf)
+                cotangent = torch.ones_like(y)
+                cotangent.narrow(dim, 0, 1).zero_()
+                grads.append(torch.autograd.grad(y, leaf, cotangent)[0])
+            assert difference(*grads) < 1e-12
+            assert torch.equal(grads[0] == 0, grads[1] == 0)
+
+
+def test_inputs_for_which_an_fft_is_inaccurate_are_computed_directly():
+    """One value 10⁶ times larger than the others, an infinity or a NaN: the outputs that do not see it are exact."""
+    for family, case in (('causal', (3, 8, 8, 400, 400, 1)), ('same', (3, 8, 8, 24, 24, 25, 25))):
+        x, weight = tensors(family, case, torch.float32, bias=False)
+        before = [k - 1 if family == 'causal' else k // 2 for k in weight.shape[2:]]
+        assert prefers_transform(x, weight, before, 1, False)
+        for value in (1e6, float('inf'), float('nan')):
+            x[1, 1, -1] = value
+            y, expected = ours(family, case)(x, weight), reference(family, case)(x.double(), weight.double())
+            unseen = (slice(None), slice(None), slice(0, 11 if family == 'same' else 399))
+            assert difference(y[unseen], expected[unseen]) < 1e-5
+            by_fft = ours(family, case, 'fft')(x, weight)
+            assert difference(by_fft[::2], expected[::2]) < 1e-5
+            with pytest.raises(AssertionError):
+                assert difference(by_fft[unseen], expected[unseen]) < 1e-5

@@ -150,10 +150,13 @@ def gradients(
 def is_accurate(x: torch.Tensor) -> torch.Tensor:
     """Where `conv` is about as accurate as a direct convolution, (B,): see the top of `backends.fft`."""
     flat = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-    peak = torch.linalg.vector_norm(flat, math.inf, 1)
+    peak = torch.maximum(flat.amax(1), -flat.amin(1))
+    rest = torch.linalg.vector_norm(flat, 1, 1) - peak
+    accurate = peak * (flat.shape[1] - 1) <= PEAK * rest  # with zeros among the others
+    if accurate.all():
+        return accurate
     others = flat.count_nonzero(1) - 1
-    mean = (torch.linalg.vector_norm(flat, 1, 1) - peak) / others.clamp(min=1)
-    return (peak <= PEAK * mean) | ((others < 1) & peak.isfinite())
+    return (peak * others <= PEAK * rest) & peak.isfinite()
 
 
 def _clear_unmet(dw: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, before: Sequence[int]) -> None:
@@ -162,24 +165,37 @@ def _clear_unmet(dw: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, before: 
     Otherwise Adam would make whole steps out of rounding noise.
     """
     for d, p in enumerate(before, 2):
-        g, v = _support(grad, d), _support(x, d)
-        low = (v[0][:, None] - g[1][:, :, None]).amin(0) + p  # (O, I)
-        high = (v[1][:, None] - g[0][:, :, None]).amax(0) + p
-        if dw.device.type == 'cpu' and low.max() <= 0 and high.min() >= dw.shape[d] - 1:
-            continue
-        taps = torch.arange(dw.shape[d], device=dw.device)
-        unmet = (taps < low[..., None]) | (taps > high[..., None])  # (O, I, K)
-        dw.masked_fill_(unmet.reshape(*unmet.shape[:2], *(-1 if n == d else 1 for n in range(2, dw.ndim))), 0)
+        (g_first, g_last), (x_first, x_last) = _ends(grad, d), _ends(x, d)
+        low = (x_first[:, None] - g_last[:, :, None]).amin(0) + p  # (O, I)
+        high = (x_last[:, None] - g_first[:, :, None]).amax(0) + p
+        size = dw.shape[d]
+        lowest, highest = (int(low.max()), int(high.min())) if dw.device.type == 'cpu' else (size, -1)
+        for start, n in ((0, min(lowest, size)), (max(highest + 1, 0), size - max(highest + 1, 0))):
+            if n > 0:
+                taps = torch.arange(start, start + n, device=dw.device)
+                unmet = (taps < low[..., None]) | (taps > high[..., None])  # (O, I, n)
+                unmet = unmet.reshape(*unmet.shape[:2], *(-1 if m == d else 1 for m in range(2, dw.ndim)))
+                dw.narrow(d, start, n).masked_fill_(unmet, 0)
 
 
-def _support(x: torch.Tensor, dim: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The first and last index of a dimension with a value that is not zero, (M, C) each; far apart without one."""
-    far = 2 ** 28
-    found = x != 0
-    for d in range(x.ndim - 1, 1, -1):
-        found = found if d == dim else found.any(d)
-    index = torch.arange(x.shape[dim], device=x.device, dtype=torch.int32)
-    return torch.where(found, index, far).amin(-1), torch.where(found, index, -far).amax(-1)
+def _ends(x: torch.Tensor, dim: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The first and last index of a dimension with values that are not zero, (M, C) each, or far apart: 2²⁸, -2²⁸."""
+    size, far, ends = x.shape[dim], 2 ** 28, []
+    for is_last in (False, True):
+        n = 1 if x.device.type == 'cpu' else size  # a few samples tell, mostly
+        while True:
+            n = min(n, size)
+            start = size - n if is_last else 0
+            found = x.narrow(dim, start, n) != 0
+            for d in range(x.ndim - 1, 1, -1):
+                found = found if d == dim else found.any(d)
+            index = torch.arange(start, start + n, device=x.device)
+            end = torch.where(found, index, -far).amax(-1) if is_last else torch.where(found, index, far).amin(-1)
+            if n == size or bool((end.abs() < far).all()):
+                ends.append(end)
+                break
+            n *= 8
+    return ends[0], ends[1]
 
 
 class _Plan(NamedTuple):
