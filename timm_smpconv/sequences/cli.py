@@ -4,6 +4,7 @@ from typing import Any, Dict, List, Optional, Set
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from ..checkpoint import read_checkpoint
 from .data import SequenceData
 from .training import SequenceClassifier
 
@@ -24,6 +25,17 @@ class _SequenceCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # Lightning's own warns if sys.argv holds arguments, as ours does
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own replaces the options of the model by those in the checkpoint."""
+
+    def instantiate_classes(self) -> None:
+        options = self.config[self.subcommand]
+        if options.ckpt_path:
+            options.model.weights = None  # all weights come from the checkpoint, and that file may be gone
+        super().instantiate_classes()
+        if options.ckpt_path:
+            self.model.check_checkpoint(read_checkpoint(options.ckpt_path))
+
     @staticmethod
     def subcommands() -> Dict[str, Set[str]]:
         commands = LightningCLI.subcommands()
@@ -40,9 +52,11 @@ def run(args: Optional[List[str]] = None) -> Any:
         Lightning's command line object, with `trainer`, `model` and `datamodule`.
 
     Raises:
+        CheckpointError: The checkpoint is damaged, or is one of another network.
         DataError: The data folder is incomplete or damaged.
         SystemExit: An argument is wrong, or help was asked for.
     """
     return _SequenceCLI(
         SequenceClassifier, SequenceData, subclass_mode_data=True, auto_configure_optimizers=False, args=args,
-        parser_kwargs=dict(prog='timm-smpconv sequence'), save_config_kwargs=dict(overwrite=True))
+        parser_kwargs=dict(prog='timm-smpconv sequence'), save_config_kwargs=dict(overwrite=True),
+        load_from_checkpoint_support=False)  # so that the model alone says what checkpoints keep
