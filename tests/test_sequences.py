@@ -218,6 +218,22 @@ def test_damaged_mnist(mnist, damage):
         assert file.read_bytes() == gzip.decompress(left[f'{file.name}.gz'])
 
 
+def test_mnist_is_unpacked_whole(mnist, monkeypatch):
+    raw = mnist[0] / 'MNIST' / 'raw'
+    left = set(raw.iterdir())
+
+    def interrupted(path, content):
+        with path.open('wb') as file:
+            file.write(content[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, 'write_bytes', interrupted)
+        sequences.SequentialMNIST(mnist[0]).prepare_data()
+    assert set(raw.iterdir()) == left
+    read(sequences.SequentialMNIST(mnist[0]))
+
+
 def test_damaged_cifar10(cifar10):
     file = cifar10[0] / 'cifar-10-batches-py' / 'data_batch_3'
     file.write_bytes(file.read_bytes()[:-1])
@@ -355,7 +371,8 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, args, mes
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--data-dir', '.', '--model.learning_rate', '1'], 'learning_rate'), ([], 'data_dir'), (['--data-dir'], 'data')])
+    (['--data-dir', '.', '--model.learning_rate', '1'], 'learning_rate'),
+    ([], '--data-dir must be the folder of the data, got none'), (['--data-dir'], 'data')])
 def test_wrong_arguments(capsys, args, message):
     with pytest.raises(SystemExit, match='2'):
         command('smpconv_tcn_ct', *args)
@@ -465,6 +482,25 @@ def test_weights_are_no_checkpoint_of_a_run(trained, tmp_path, monkeypatch, caps
     torch.save(timm.create_model('smpconv_tcn_ct', **SMALL).state_dict(), file)
     assert 'got other weights: give them as model.weights' in error_of(
         capsys, 'smpconv_tcn_ct', *tiny(trained / 'data'), '--ckpt_path', file)
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--model.lr', '-1'], 'lr must be positive and finite, got -1.0'),
+    (['--model.min_lr', '0'], 'min_lr must be positive and finite, got 0.0'),
+    (['--model.name', 'nix'], 'Unknown model (nix)'),
+    (['--model.model_args.depht', '3'], "unexpected keyword argument 'depht'"),
+    (['--data.batch_size', '0'], 'batch_size must be at least 1, got 0'),
+    (['--data.num_workers', '-1'], 'num_workers must be at least 0, got -1'),
+    (['--trainer.max_epochs', '-1'], 'max_epochs must be at least 1, got -1'),
+    (['--trainer.max_epochs', '-2'], '`max_epochs` must be a non-negative integer or -1'),
+    (['--trainer.accelerator', 'nix'], 'invalid accelerator name'),
+    (['--ckpt_path', 'nowhere'], "file must exist, got 'nowhere'"),
+    (['--ckpt_path', __file__], 'file must be an undamaged weights-only checkpoint'),
+    (['--data-dir', ''], '--data-dir must be the folder of the data, got none'),
+])
+def test_wrong_options(tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, 'smpconv_tcn_ct', *tiny('.'), *args)
 
 
 @pytest.mark.slow
