@@ -32,6 +32,8 @@ from torchvision.transforms import (
     ToTensor,
 )
 
+from ..files import write_whole
+
 __all__ = [
     'CharacterTrajectories', 'DataError', 'SequenceData', 'SequentialCIFAR10', 'SequentialMNIST', 'SpeechCommands']
 
@@ -49,12 +51,18 @@ class SequenceData(LightningDataModule):
         data_dir: Folder of the data, in its original format.
         batch_size: Series in a batch of one device.
         num_workers: Processes that load batches for each loader.
+
+    Raises:
+        ValueError: batch_size is below 1, or num_workers is negative.
     """
     needs: str = ''  # what data_dir must hold
     size: int = 0  # series of the authors' data, all parts together
 
     def __init__(self, data_dir: str, batch_size: int = 64, num_workers: int = 4):
         super().__init__()
+        for argument, value, least in (('batch_size', batch_size, 1), ('num_workers', num_workers, 0)):
+            if value < least:
+                raise ValueError(f'{argument} must be at least {least}, got {value}')
         self.data_dir = Path(data_dir)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -125,7 +133,7 @@ class SequentialMNIST(SequenceData):
         with self._explaining():
             for file in (self.data_dir / 'MNIST' / 'raw').glob('*-ubyte.gz'):
                 if not file.with_suffix('').exists():
-                    file.with_suffix('').write_bytes(gzip.decompress(file.read_bytes()))
+                    write_whole(file.with_suffix(''), gzip.decompress(file.read_bytes()))
 
     def read(self) -> Dict[str, Dataset]:
         to_tensor = [ToTensor(), Normalize((0.1307,), (0.3081,))]
