@@ -197,22 +197,30 @@ def test_an_empty_folder(tmp_path, kind, needs):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('damage', [
-    lambda raw: (raw / 't10k-labels-idx1-ubyte.gz').unlink(),
-    lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(b'no gzip'),
-    lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(
-        (raw / 'train-images-idx3-ubyte.gz').read_bytes()[:-100]),
-    lambda raw: (raw / 'train-images-idx3-ubyte').write_bytes(
+@pytest.mark.parametrize('damage, reason', [
+    (lambda raw: (raw / 't10k-labels-idx1-ubyte.gz').unlink(),
+     'there is no t10k-labels-idx1-ubyte and no t10k-labels-idx1-ubyte.gz'),
+    (lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(b'no gzip'),
+     'train-images-idx3-ubyte.gz is damaged: Not a gzipped file'),
+    (lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(
+        (raw / 'train-images-idx3-ubyte.gz').read_bytes()[:-100]), 'train-images-idx3-ubyte.gz is damaged: Compressed'),
+    (lambda raw: (raw / 'train-images-idx3-ubyte').write_bytes(
         gzip.decompress((raw / 'train-images-idx3-ubyte.gz').read_bytes())[:-1]),
-    lambda raw: (raw / 'train-labels-idx1-ubyte').write_bytes(
-        gzip.decompress((raw / 't10k-labels-idx1-ubyte.gz').read_bytes())),
-], ids=['missing', 'no gzip', 'short gzip', 'short', 'other labels'])
-def test_damaged_mnist(mnist, damage):
+     'train-images-idx3-ubyte is damaged: it has 15695 bytes, and 15696 by its header'),  # 16 + 20 · 28 · 28
+    (lambda raw: (raw / 'train-labels-idx1-ubyte').write_bytes(
+        gzip.decompress((raw / 't10k-labels-idx1-ubyte.gz').read_bytes())), r'\(20, 28, 28\) images and 10 labels'),
+    (lambda raw: (raw / 'train-labels-idx1-ubyte').write_bytes(
+        gzip.decompress((raw / 'train-images-idx3-ubyte.gz').read_bytes())),
+     r'train-labels-idx1-ubyte is not an idx file of bytes in 1 dimension'),
+    (lambda raw: (raw / 'train-images-idx3-ubyte').write_bytes(b''),
+     r'train-images-idx3-ubyte is not an idx file of bytes in 3 dimension'),
+], ids=['missing', 'no gzip', 'short gzip', 'short', 'other labels', 'images', 'empty'])
+def test_damaged_mnist(mnist, damage, reason):
     raw = mnist[0] / 'MNIST' / 'raw'
     damage(raw)
     left = {file.name: file.read_bytes() for file in raw.iterdir()}
     for _ in range(2):  # nothing half unpacked passes for whole the next time
-        with pytest.raises(sequences.DataError, match=r'^data_dir must hold MNIST/raw/'):
+        with pytest.raises(sequences.DataError, match=f'^data_dir must hold MNIST/raw/.*: {reason}'):
             read(sequences.SequentialMNIST(mnist[0]))
     for file in set(raw.iterdir()) - {raw / name for name in left}:
         assert file.read_bytes() == gzip.decompress(left[f'{file.name}.gz'])
@@ -227,17 +235,20 @@ def test_mnist_is_unpacked_whole(mnist, monkeypatch):
             file.write(content[:100])
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, 'write_bytes', interrupted)
-        sequences.SequentialMNIST(mnist[0]).prepare_data()
+        with pytest.raises(KeyboardInterrupt):
+            sequences.SequentialMNIST(mnist[0]).prepare_data()
     assert set(raw.iterdir()) == left
     read(sequences.SequentialMNIST(mnist[0]))
 
 
-def test_damaged_cifar10(cifar10):
-    file = cifar10[0] / 'cifar-10-batches-py' / 'data_batch_3'
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(sequences.DataError, match=r'^data_dir must hold cifar-10-batches-py/.*not found'):
+@pytest.mark.parametrize('damage, reason', [
+    (lambda file: file.write_bytes(file.read_bytes()[:-1]), 'data_batch_3 is damaged: its MD5 is not [0-9a-f]{32}$'),
+    (Path.unlink, 'there is no data_batch_3$')])
+def test_damaged_cifar10(cifar10, damage, reason):
+    damage(cifar10[0] / 'cifar-10-batches-py' / 'data_batch_3')
+    with pytest.raises(sequences.DataError, match=f'^data_dir must hold cifar-10-batches-py/.*: {reason}'):
         read(sequences.SequentialCIFAR10(cifar10[0]))
 
 
@@ -246,7 +257,8 @@ def test_damaged_cifar10(cifar10):
     (',', ',NaN,', 'series 0 of CharacterTrajectories_TEST.ts is empty, or holds NaN or infinity'),
     (',', ',inf,', 'series 0 of CharacterTrajectories_TEST.ts is empty, or holds NaN or infinity'),
     (',', ',nonsense,', 'nonsense'),
-    ('@data', '', ''),
+    ('@data', '', 'TEST.ts is no .ts file of labelled series: '),
+    ('@classLabel true 1 2 3', '@classLabel false', 'TEST.ts is no .ts file of labelled series: '),
 ])
 def test_damaged_character_trajectories(tmp_path, old, new, reason):
     write_characters(tmp_path)
@@ -271,6 +283,7 @@ def cut(file):
     (cut, 'yes/00000001_nohash_0.wav is damaged: Reached EOF'),
     (lambda file: write_wav(file, np.zeros(16_000), rate=8000), 'yes/00000001_nohash_0.wav has 8000 Hz'),
     (lambda file: [path.unlink() for path in file.parent.iterdir()], 'there is no WAV file in yes'),
+    (lambda file: [path.unlink() for path in file.parent.parent.glob('*/00000001*')], 'no WAV file has 16,000 samples'),
 ])
 def test_damaged_speech_commands(tmp_path, damage, reason):
     write_words(tmp_path, clips=1)
@@ -419,13 +432,13 @@ def tiny(folder, model_args=TINY):
 
 
 def error_of(capsys, name, *args):
-    """The one line with which the command ends; nothing is left behind."""
+    """The line with which the command ends, before it writes a file."""
     capsys.readouterr()
     try:
         status = command(name, *args)
     except SystemExit as exit:
         status = exit.code
-    assert status in (1, 2) and not list(Path().iterdir())
+    assert status in (1, 2) and not [path for path in Path().rglob('*') if path.is_file()]
     lines = capsys.readouterr().err.splitlines()
     assert not any('Traceback' in line for line in lines)
     return lines[-1]
@@ -465,7 +478,7 @@ def test_evaluate_when_the_file_it_started_from_has_gone(trained, tmp_path, monk
 
 @pytest.mark.parametrize('name, model_args, message', [
     ('smpconv_tcn_sc', TINY, 'ckpt_path must be a checkpoint of smpconv_tcn_sc, got one of smpconv_tcn_ct'),
-    ('smpconv_tcn_ct', TINY[:-1] + ', global_pool: avg}', 'argument global_pool = avg, got one with None'),
+    ('smpconv_tcn_ct', TINY[:-1] + ', global_pool: avg}', 'with global_pool = avg in model_args, got one with None'),
     ('smpconv_tcn_ct', TINY.replace('depth: 1', 'depth: 2'), 'of the same network: state_dict must have exactly the'),
     ('smpconv_tcn_ct', TINY.replace('dim: 4', 'dim: 5'), 'of the same network: state_dict must have the shapes'),
     ('smpconv_tcn_ct', TINY[:-1] + ', permuted: true}', 'missing (stem.permutation)'),
@@ -482,6 +495,23 @@ def test_weights_are_no_checkpoint_of_a_run(trained, tmp_path, monkeypatch, caps
     torch.save(timm.create_model('smpconv_tcn_ct', **SMALL).state_dict(), file)
     assert 'got other weights: give them as model.weights' in error_of(
         capsys, 'smpconv_tcn_ct', *tiny(trained / 'data'), '--ckpt_path', file)
+
+
+@pytest.mark.parametrize('name, model_args, message', [
+    ('smpconv_tcn_ct', ', in_chans: 2', 'series have 3 channels and 182 samples, and the model takes 2 channels'),
+    ('smpconv_tcn_ct', ', seq_len: 181', 'takes 3 channels and at most 181 samples'),
+    ('smpconv_tcn_ct', ', seq_len: 183, permuted: true', 'takes 3 channels and 183 samples'),
+    ('smpconv_tcn_ct', ', num_classes: 2', 'there is a label 2, and the model has 2 classes'),
+    ('smpconv_tcn_smnist', ', seq_len: 783', 'series have 1 channels and 784 samples, and the model takes 1 channels'),
+    ('smpconv_tcn_smnist', ', num_classes: 9', 'there is a label 9, and the model has 9 classes'),
+])
+def test_data_that_do_not_fit_the_model(tmp_path, monkeypatch, capsys, name, model_args, message):
+    write = write_characters if name == 'smpconv_tcn_ct' else write_mnist
+    write(tmp_path / 'data')
+    (tmp_path / 'empty').mkdir()
+    monkeypatch.chdir(tmp_path / 'empty')
+    error = error_of(capsys, name, *tiny('../data', TINY[:-1] + model_args + '}'))
+    assert error.startswith('timm-smpconv sequence: data_dir must hold ') and message in error
 
 
 @pytest.mark.parametrize('args, message', [

@@ -142,7 +142,8 @@ class SequenceClassifier(LightningModule):
         """
         found, expected = checkpoint.get('hyper_parameters'), self.hparams
         if not isinstance(found, Mapping) or 'state_dict' not in checkpoint:
-            raise CheckpointError('ckpt_path must be a checkpoint of a run, got other weights: give them as model.weights')
+            raise CheckpointError(
+                'ckpt_path must be a checkpoint of a run, got other weights: give them as model.weights')
         if found.get('name') != expected['name']:
             raise CheckpointError(
                 f'ckpt_path must be a checkpoint of {expected["name"]}, got one of {found.get("name")}')
@@ -150,7 +151,7 @@ class SequenceClassifier(LightningModule):
             ours, theirs = [(args['model_args'] or {}).get(argument) for args in (expected, found)]
             if ours != theirs:
                 raise CheckpointError(
-                    f'ckpt_path must be a checkpoint with the model argument {argument} = {ours}, got one with {theirs}')
+                    f'ckpt_path must be a checkpoint with {argument} = {ours} in model_args, got one with {theirs}')
         try:
             self.model.load_state_dict(checkpoint['state_dict'])
         except (CheckpointError, RuntimeError) as error:
