@@ -223,7 +223,7 @@ def test_other_families(small, name, tmp_path, capsys):
 @pytest.mark.parametrize('name', timm.list_models('smpconv_tcn*'))
 def test_points_reach_samples_of_the_short_sequences(name):
     setup = demo._setup(name)
-    model = timm.create_model(name, **demo._model_args(setup), **setup.start_args)
+    model = timm.create_model(name, **demo._model_args(setup))
     for kernel in (m for m in model.modules() if isinstance(m, SMPKernel)):
         assert kernel.size == [64] and (kernel()[:, 0] != 0).sum(1).float().mean() > 8  # of about 12 behind them
 

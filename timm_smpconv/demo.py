@@ -39,17 +39,15 @@ class _Setup(NamedTuple):
     epochs: int
     learning_rate: float
     image_size: int
-    model_args: Dict[str, Any]  # to load its weights, too
-    start_args: Dict[str, Any]
+    model_args: Dict[str, Any]
 
 
 def _setup(name: str) -> _Setup:
     if name.startswith('smpconv_tcn'):
-        # 2 / K (appendix, 1.1): the initial radii of the names are for longer kernels, and would reach no sample here.
-        return _Setup(16, 4e-3, 8, dict(seq_len=64), dict(radius=2 / 64))
+        return _Setup(16, 4e-3, 8, dict(seq_len=64))
     if name.startswith('smpconv_resnet'):
-        return _Setup(6, 2e-3, 8, {}, {})
-    return _Setup(9, 2e-3, 48, {}, {})
+        return _Setup(6, 2e-3, 8, {})
+    return _Setup(9, 2e-3, 48, {})
 
 
 class Digits(torch.utils.data.Dataset):
@@ -196,7 +194,7 @@ def _run(name: str, setup: _Setup, epochs: int, seed: int, folder: Path) -> floa
     datasets = Digits(training=True), Digits(training=False)
     size = setup.image_size
     train, held_out = (_loader(dataset, size, training=dataset is datasets[0]) for dataset in datasets)
-    model = timm.create_model(name, **_model_args(setup), **setup.start_args)
+    model = timm.create_model(name, **_model_args(setup))
     model = model.to(memory_format=torch.channels_last)
     form = ', read row by row' if 'seq_len' in setup.model_args else ''
     print(
