@@ -197,31 +197,58 @@ def test_an_empty_folder(tmp_path, kind, needs):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('damage', [
-    lambda raw: (raw / 't10k-labels-idx1-ubyte.gz').unlink(),
-    lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(b'no gzip'),
-    lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(
-        (raw / 'train-images-idx3-ubyte.gz').read_bytes()[:-100]),
-    lambda raw: (raw / 'train-images-idx3-ubyte').write_bytes(
+@pytest.mark.parametrize('damage, reason', [
+    (lambda raw: (raw / 't10k-labels-idx1-ubyte.gz').unlink(),
+     'there is no t10k-labels-idx1-ubyte and no t10k-labels-idx1-ubyte.gz'),
+    (lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(b'no gzip'),
+     'train-images-idx3-ubyte.gz is damaged: Not a gzipped file'),
+    (lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(
+        (raw / 'train-images-idx3-ubyte.gz').read_bytes()[:-100]), 'train-images-idx3-ubyte.gz is damaged: Compressed'),
+    (lambda raw: (raw / 'train-images-idx3-ubyte').write_bytes(
         gzip.decompress((raw / 'train-images-idx3-ubyte.gz').read_bytes())[:-1]),
-    lambda raw: (raw / 'train-labels-idx1-ubyte').write_bytes(
-        gzip.decompress((raw / 't10k-labels-idx1-ubyte.gz').read_bytes())),
-], ids=['missing', 'no gzip', 'short gzip', 'short', 'other labels'])
-def test_damaged_mnist(mnist, damage):
+     'train-images-idx3-ubyte is damaged: it has 15695 bytes, and 15696 by its header'),  # 16 + 20 · 28 · 28
+    (lambda raw: (raw / 'train-labels-idx1-ubyte').write_bytes(
+        gzip.decompress((raw / 't10k-labels-idx1-ubyte.gz').read_bytes())), r'\(20, 28, 28\) images and 10 labels'),
+    (lambda raw: (raw / 'train-labels-idx1-ubyte').write_bytes(
+        gzip.decompress((raw / 'train-images-idx3-ubyte.gz').read_bytes())),
+     r'train-labels-idx1-ubyte is not an idx file of bytes in 1 dimension'),
+    (lambda raw: (raw / 'train-images-idx3-ubyte').write_bytes(b''),
+     r'train-images-idx3-ubyte is not an idx file of bytes in 3 dimension'),
+], ids=['missing', 'no gzip', 'short gzip', 'short', 'other labels', 'images', 'empty'])
+def test_damaged_mnist(mnist, damage, reason):
     raw = mnist[0] / 'MNIST' / 'raw'
     damage(raw)
     left = {file.name: file.read_bytes() for file in raw.iterdir()}
     for _ in range(2):  # nothing half unpacked passes for whole the next time
-        with pytest.raises(sequences.DataError, match=r'^data_dir must hold MNIST/raw/'):
+        with pytest.raises(sequences.DataError, match=f'^data_dir must hold MNIST/raw/.*: {reason}'):
             read(sequences.SequentialMNIST(mnist[0]))
     for file in set(raw.iterdir()) - {raw / name for name in left}:
         assert file.read_bytes() == gzip.decompress(left[f'{file.name}.gz'])
 
 
-def test_damaged_cifar10(cifar10):
-    file = cifar10[0] / 'cifar-10-batches-py' / 'data_batch_3'
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(sequences.DataError, match=r'^data_dir must hold cifar-10-batches-py/.*not found'):
+def test_mnist_is_unpacked_whole(mnist, monkeypatch):
+    raw = mnist[0] / 'MNIST' / 'raw'
+    left = set(raw.iterdir())
+
+    def interrupted(path, content):
+        with path.open('wb') as file:
+            file.write(content[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'write_bytes', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sequences.SequentialMNIST(mnist[0]).prepare_data()
+    assert set(raw.iterdir()) == left
+    read(sequences.SequentialMNIST(mnist[0]))
+
+
+@pytest.mark.parametrize('damage, reason', [
+    (lambda file: file.write_bytes(file.read_bytes()[:-1]), 'data_batch_3 is damaged: its MD5 is not [0-9a-f]{32}$'),
+    (Path.unlink, 'there is no data_batch_3$')])
+def test_damaged_cifar10(cifar10, damage, reason):
+    damage(cifar10[0] / 'cifar-10-batches-py' / 'data_batch_3')
+    with pytest.raises(sequences.DataError, match=f'^data_dir must hold cifar-10-batches-py/.*: {reason}'):
         read(sequences.SequentialCIFAR10(cifar10[0]))
 
 
@@ -230,7 +257,8 @@ def test_damaged_cifar10(cifar10):
     (',', ',NaN,', 'series 0 of CharacterTrajectories_TEST.ts is empty, or holds NaN or infinity'),
     (',', ',inf,', 'series 0 of CharacterTrajectories_TEST.ts is empty, or holds NaN or infinity'),
     (',', ',nonsense,', 'nonsense'),
-    ('@data', '', ''),
+    ('@data', '', 'TEST.ts is no .ts file of labelled series: '),
+    ('@classLabel true 1 2 3', '@classLabel false', 'TEST.ts is no .ts file of labelled series: '),
 ])
 def test_damaged_character_trajectories(tmp_path, old, new, reason):
     write_characters(tmp_path)
@@ -255,6 +283,7 @@ def cut(file):
     (cut, 'yes/00000001_nohash_0.wav is damaged: Reached EOF'),
     (lambda file: write_wav(file, np.zeros(16_000), rate=8000), 'yes/00000001_nohash_0.wav has 8000 Hz'),
     (lambda file: [path.unlink() for path in file.parent.iterdir()], 'there is no WAV file in yes'),
+    (lambda file: [path.unlink() for path in file.parent.parent.glob('*/00000001*')], 'no WAV file has 16,000 samples'),
 ])
 def test_damaged_speech_commands(tmp_path, damage, reason):
     write_words(tmp_path, clips=1)
@@ -355,7 +384,8 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, args, mes
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--data-dir', '.', '--model.learning_rate', '1'], 'learning_rate'), ([], 'data_dir'), (['--data-dir'], 'data')])
+    (['--data-dir', '.', '--model.learning_rate', '1'], 'learning_rate'),
+    ([], '--data-dir must be the folder of the data, got none'), (['--data-dir'], 'data')])
 def test_wrong_arguments(capsys, args, message):
     with pytest.raises(SystemExit, match='2'):
         command('smpconv_tcn_ct', *args)
@@ -380,6 +410,127 @@ def metrics(version):
             rows.setdefault(int(row['epoch']), {}).update(
                 {key: float(value) for key, value in row.items() if value})
     return rows
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with data/ and last.ckpt: an epoch of training that started from a file which has gone since."""
+    folder = tmp_path_factory.mktemp('trained')
+    write_characters(folder / 'data')
+    torch.save(timm.create_model('smpconv_tcn_ct', **SMALL).state_dict(), folder / 'start.pt')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        options = ['--model.weights', 'start.pt', '--model.lr', 1e-3, '--trainer.max_epochs', 1]
+        assert command('smpconv_tcn_ct', *tiny('data'), *options) == 0
+    (folder / 'lightning_logs' / 'version_0' / 'checkpoints' / 'last.ckpt').rename(folder / 'last.ckpt')
+    (folder / 'start.pt').unlink()
+    return folder
+
+
+def tiny(folder, model_args=TINY):
+    return ['--data-dir', folder, '--data.num_workers', 0, '--model.model_args', model_args, *ON_CPU]
+
+
+def error_of(capsys, name, *args):
+    """The line with which the command ends, before it writes a file."""
+    capsys.readouterr()
+    try:
+        status = command(name, *args)
+    except SystemExit as exit:
+        status = exit.code
+    assert status in (1, 2) and not [path for path in Path().rglob('*') if path.is_file()]
+    lines = capsys.readouterr().err.splitlines()
+    assert not any('Traceback' in line for line in lines)
+    return lines[-1]
+
+
+def test_what_checkpoints_say(trained):
+    found = torch.load(trained / 'last.ckpt', weights_only=True)['hyper_parameters']
+    assert found == dict(
+        name='smpconv_tcn_ct', model_args=SMALL, lr=1e-3, weight_decay=1e-5, warmup_epochs=5, min_lr=1e-6)
+
+
+def test_options_win_over_a_checkpoint(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rates = []
+    monkeypatch.setattr(
+        sequences.SequenceClassifier, 'on_train_batch_start', lambda module, *_: rates.append(
+            [(group['lr'], group['initial_lr'], group['weight_decay']) for group in module.optimizers().param_groups]))
+    args = [
+        *tiny(trained / 'data', TINY[:-1] + ', drop_rate: 0.5}'), '--model.weights', 'start.pt', '--model.lr', 0.02,
+        '--model.min_lr', 0.002, '--model.weight_decay', 0.5, '--model.warmup_epochs', 0, '--trainer.max_epochs', 3]
+    assert command('smpconv_tcn_ct', *args, '--ckpt_path', trained / 'last.ckpt') == 0
+    assert len(rates) == 2  # 42 series in batches of 64: an update in each epoch
+    for update, groups in enumerate(rates, start=1):
+        assert {weight_decay for *_, weight_decay in groups} == {0, 0.5} and {peak for _, peak, _ in groups} == {0.02}
+        cosine = 0.002 + (0.02 - 0.002) * (1 + math.cos(math.pi * (update - 1) / 3)) / 2
+        found = [lr for lr, *_ in groups]  # that of radii ends at ten times min_lr, as it is scaled later
+        assert (min(found), max(found)) == (pytest.approx(cosine), pytest.approx(0.02))
+    last = torch.load('lightning_logs/version_0/checkpoints/last.ckpt', weights_only=True)
+    assert last['hyper_parameters']['lr'] == 0.02 and last['hyper_parameters']['model_args']['drop_rate'] == 0.5
+
+
+def test_evaluate_when_the_file_it_started_from_has_gone(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command(
+        'smpconv_tcn_ct', *tiny(trained / 'data'), '--ckpt_path', trained / 'last.ckpt', verb='test') == 0
+
+
+@pytest.mark.parametrize('name, model_args, message', [
+    ('smpconv_tcn_sc', TINY, 'ckpt_path must be a checkpoint of smpconv_tcn_sc, got one of smpconv_tcn_ct'),
+    ('smpconv_tcn_ct', TINY[:-1] + ', global_pool: avg}', 'with global_pool = avg in model_args, got one with None'),
+    ('smpconv_tcn_ct', TINY.replace('depth: 1', 'depth: 2'), 'of the same network: state_dict must have exactly the'),
+    ('smpconv_tcn_ct', TINY.replace('dim: 4', 'dim: 5'), 'of the same network: state_dict must have the shapes'),
+    ('smpconv_tcn_ct', TINY[:-1] + ', permuted: true}', 'missing (stem.permutation)'),
+])
+def test_checkpoints_of_other_networks(trained, tmp_path, monkeypatch, capsys, name, model_args, message):
+    monkeypatch.chdir(tmp_path)
+    args = [*tiny(trained / 'data', model_args), '--ckpt_path', trained / 'last.ckpt']
+    assert message in error_of(capsys, name, *args)
+
+
+def test_weights_are_no_checkpoint_of_a_run(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = trained / 'weights.pt'
+    torch.save(timm.create_model('smpconv_tcn_ct', **SMALL).state_dict(), file)
+    assert 'got other weights: give them as model.weights' in error_of(
+        capsys, 'smpconv_tcn_ct', *tiny(trained / 'data'), '--ckpt_path', file)
+
+
+@pytest.mark.parametrize('name, model_args, message', [
+    ('smpconv_tcn_ct', ', in_chans: 2', 'series have 3 channels and 182 samples, and the model takes 2 channels'),
+    ('smpconv_tcn_ct', ', seq_len: 181', 'takes 3 channels and at most 181 samples'),
+    ('smpconv_tcn_ct', ', seq_len: 183, permuted: true', 'takes 3 channels and 183 samples'),
+    ('smpconv_tcn_ct', ', num_classes: 2', 'there is a label 2, and the model has 2 classes'),
+    ('smpconv_tcn_smnist', ', seq_len: 783', 'series have 1 channels and 784 samples, and the model takes 1 channels'),
+    ('smpconv_tcn_smnist', ', num_classes: 9', 'there is a label 9, and the model has 9 classes'),
+])
+def test_data_that_do_not_fit_the_model(tmp_path, monkeypatch, capsys, name, model_args, message):
+    write = write_characters if name == 'smpconv_tcn_ct' else write_mnist
+    write(tmp_path / 'data')
+    (tmp_path / 'empty').mkdir()
+    monkeypatch.chdir(tmp_path / 'empty')
+    error = error_of(capsys, name, *tiny('../data', TINY[:-1] + model_args + '}'))
+    assert error.startswith('timm-smpconv sequence: data_dir must hold ') and message in error
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--model.lr', '-1'], 'lr must be positive and finite, got -1.0'),
+    (['--model.min_lr', '0'], 'min_lr must be positive and finite, got 0.0'),
+    (['--model.name', 'nix'], 'Unknown model (nix)'),
+    (['--model.model_args.depht', '3'], "unexpected keyword argument 'depht'"),
+    (['--data.batch_size', '0'], 'batch_size must be at least 1, got 0'),
+    (['--data.num_workers', '-1'], 'num_workers must be at least 0, got -1'),
+    (['--trainer.max_epochs', '-1'], 'max_epochs must be at least 1, got -1'),
+    (['--trainer.max_epochs', '-2'], '`max_epochs` must be a non-negative integer or -1'),
+    (['--trainer.accelerator', 'nix'], 'invalid accelerator name'),
+    (['--ckpt_path', 'nowhere'], "file must exist, got 'nowhere'"),
+    (['--ckpt_path', __file__], 'file must be an undamaged weights-only checkpoint'),
+    (['--data-dir', ''], '--data-dir must be the folder of the data, got none'),
+])
+def test_wrong_options(tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, 'smpconv_tcn_ct', *tiny('.'), *args)
 
 
 @pytest.mark.slow

@@ -123,14 +123,14 @@ def _digits(args: argparse.Namespace) -> int:
 def _sequence(args: argparse.Namespace) -> int:
     try:
         from .sequences import DataError  # needs the extra `sequences`
-        from .sequences.cli import run
+        from .sequences.cli import OptionError, run
     except ModuleNotFoundError as error:
         print(f'timm-smpconv sequence: {error.name} is missing; it comes with the extra "sequences"', file=sys.stderr)
         return 1
     try:
         run(args.args)
-    except (DataError, CheckpointError) as error:
-        print(f'timm-smpconv sequence: {error}', file=sys.stderr)
+    except (DataError, CheckpointError, OptionError) as error:
+        print(f'timm-smpconv sequence: {" ".join(str(error).split())}', file=sys.stderr)
         return 1
     return 0
 

@@ -227,7 +227,8 @@ class SMPTCN(SMPNet):
 
     @torch.jit.ignore
     def authors_buffers(self) -> Dict[str, torch.Tensor]:
-        return {f'stem.{name}': value for name, value in self.stem.initial_buffers().items()}
+        stem: Any = self.stem
+        return {f'stem.{name}': value for name, value in stem.initial_buffers().items()}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

@@ -6,7 +6,10 @@ N series, C channels, L samples in time.
 """
 import gzip
 import logging
+import math
+import struct
 import warnings
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Dict, Generator, List, Tuple
@@ -20,6 +23,7 @@ from sktime.datasets import load_from_tsfile
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchaudio.transforms import MFCC
 from torchvision.datasets import CIFAR10, MNIST
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import (
     Compose,
     Normalize,
@@ -31,6 +35,9 @@ from torchvision.transforms import (
     RandomRotation,
     ToTensor,
 )
+
+from ..files import write_whole
+from ..smp_tcn import SMPTCN
 
 __all__ = [
     'CharacterTrajectories', 'DataError', 'SequenceData', 'SequentialCIFAR10', 'SequentialMNIST', 'SpeechCommands']
@@ -49,12 +56,18 @@ class SequenceData(LightningDataModule):
         data_dir: Folder of the data, in its original format.
         batch_size: Series in a batch of one device.
         num_workers: Processes that load batches for each loader.
+
+    Raises:
+        ValueError: batch_size is below 1, or num_workers is negative.
     """
     needs: str = ''  # what data_dir must hold
     size: int = 0  # series of the authors' data, all parts together
 
     def __init__(self, data_dir: str, batch_size: int = 64, num_workers: int = 4):
         super().__init__()
+        for argument, value, least in (('batch_size', batch_size, 1), ('num_workers', num_workers, 0)):
+            if value < least:
+                raise ValueError(f'{argument} must be at least {least}, got {value}')
         self.data_dir = Path(data_dir)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -65,14 +78,16 @@ class SequenceData(LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Read the data, once.
+        """Read the data, once, and compare them with the model of the trainer, if there is one.
 
         Raises:
-            DataError: The folder does not hold the data, or a file is damaged.
+            DataError: The folder does not hold the data, a file is damaged, or series or labels do not fit the model.
         """
-        if not self.parts:
-            with self._explaining():
-                self.parts = self.read()
+        with self._explaining():
+            self.parts = self.parts or self.read()
+            model = getattr(self.trainer and self.trainer.lightning_module, 'model', None)
+            if isinstance(model, SMPTCN):
+                self._check_model(model)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader('train', shuffle=True)
@@ -82,6 +97,19 @@ class SequenceData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self._loader('test')
+
+    def _check_model(self, model: SMPTCN) -> None:
+        x = self.parts['test'][0][0].flatten(1)  # (C, L); series of the other parts have the same shape
+        exact = model.stem.permutation is not None
+        if len(x) != model.in_chans or x.shape[1] > model.seq_len or (exact and x.shape[1] != model.seq_len):
+            raise ValueError(
+                f'series have {len(x)} channels and {x.shape[1]} samples, and the model takes {model.in_chans} '
+                f'channels and {"" if exact else "at most "}{model.seq_len} samples')
+        for part in self.parts.values():
+            labels = part.tensors[1] if isinstance(part, TensorDataset) else torch.as_tensor(vars(part)['targets'])
+            largest = int(labels.max())
+            if largest >= model.num_classes:
+                raise ValueError(f'there is a label {largest}, and the model has {model.num_classes} classes')
 
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
         return DataLoader(
@@ -125,7 +153,11 @@ class SequentialMNIST(SequenceData):
         with self._explaining():
             for file in (self.data_dir / 'MNIST' / 'raw').glob('*-ubyte.gz'):
                 if not file.with_suffix('').exists():
-                    file.with_suffix('').write_bytes(gzip.decompress(file.read_bytes()))
+                    try:
+                        content = gzip.decompress(file.read_bytes())
+                    except (OSError, EOFError, zlib.error) as error:
+                        raise ValueError(f'{file.name} is damaged: {error}') from error
+                    write_whole(file.with_suffix(''), content)
 
     def read(self) -> Dict[str, Dataset]:
         to_tensor = [ToTensor(), Normalize((0.1307,), (0.3081,))]
@@ -136,6 +168,9 @@ class SequentialMNIST(SequenceData):
             *to_tensor,
             RandomErasing(p=0.5, scale=(4 / 28, 4 / 28), ratio=(1, 1)),
         ]
+        for part in 'train', 't10k':
+            _check_idx(self.data_dir / 'MNIST' / 'raw' / f'{part}-images-idx3-ubyte', 3)
+            _check_idx(self.data_dir / 'MNIST' / 'raw' / f'{part}-labels-idx1-ubyte', 1)
         train = MNIST(self.data_dir, train=True, transform=Compose(augment))
         test = MNIST(self.data_dir, train=False, transform=Compose(to_tensor))
         for part in train, test:
@@ -157,6 +192,12 @@ class SequentialCIFAR10(SequenceData):
     def read(self) -> Dict[str, Dataset]:
         to_tensor = [ToTensor(), Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
         augment = [RandomHorizontalFlip(), RandomCrop(32, padding=4), *to_tensor]
+        for name, md5 in (*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta['filename'], CIFAR10.meta['md5'])):
+            file = self.data_dir / CIFAR10.base_folder / name
+            if not file.is_file():
+                raise FileNotFoundError(f'there is no {name}')
+            if not check_integrity(file, md5):
+                raise ValueError(f'{name} is damaged: its MD5 is not {md5}')
         train = CIFAR10(self.data_dir, train=True, transform=Compose(augment))
         test = CIFAR10(self.data_dir, train=False, transform=Compose(to_tensor))
         self._check_size(len(train) + len(test))
@@ -179,11 +220,17 @@ class CharacterTrajectories(SequenceData):
             file = self.data_dir / f'CharacterTrajectories_{part}.ts'
             if not file.is_file():
                 raise FileNotFoundError(f'there is no {file.name}')
-            frame, labels = load_from_tsfile(str(file))
+            try:
+                frame, labels = load_from_tsfile(str(file))
+            except Exception as error:  # TypeError, OSError, …
+                raise ValueError(f'{file.name} is no .ts file of labelled series: {error}') from error
             for row, channels in enumerate(frame.to_numpy()):
                 series.append([np.asarray(channel, dtype=np.float32) for channel in channels])
                 if not all(len(channel) and np.isfinite(channel).all() for channel in series[-1]):
                     raise ValueError(f'series {row} of {file.name} is empty, or holds NaN or infinity')
+                if len(channels) != len(series[0]):
+                    raise ValueError(
+                        f'series {row} of {file.name} has {len(channels)} channels, the first series {len(series[0])}')
             names.extend(labels)
         length = max(len(channel) for channels in series for channel in channels)
         x = torch.from_numpy(np.stack([  # (N, C, L)
@@ -225,6 +272,8 @@ class SpeechCommands(SequenceData):
                 if len(clip) == 16_000:
                     clips.append(clip)
                     labels.append(label)
+        if not clips:
+            raise ValueError('no WAV file has 16,000 samples')
         self._check_size(len(clips))
         x = torch.from_numpy(np.stack(clips)).float().div_(2 ** 15)  # (N, L)
         return _split_and_normalize(mfcc(x) if self.mfcc else x[:, None], torch.tensor(labels))
@@ -270,6 +319,19 @@ def _split_and_normalize(x: torch.Tensor, labels: torch.Tensor) -> Dict[str, Dat
     return {
         name: TensorDataset((x[part] - mean) / (std + 1e-5), labels[part])
         for name, part in zip(('train', 'validation', 'test'), parts)}
+
+
+def _check_idx(file: Path, dims: int) -> None:
+    """Raise an error unless a file of MNIST is there, and as long as its header says."""
+    if not file.is_file():
+        raise FileNotFoundError(f'there is no {file.name} and no {file.name}.gz')
+    with file.open('rb') as stream:
+        header = stream.read(4 + 4 * dims)
+    if header[:4] != bytes([0, 0, 8, dims]) or len(header) != 4 + 4 * dims:
+        raise ValueError(f'{file.name} is not an idx file of bytes in {dims} dimension(s)')
+    size, expected = file.stat().st_size, len(header) + math.prod(struct.unpack(f'>{dims}I', header[4:]))
+    if size != expected:
+        raise ValueError(f'{file.name} is damaged: it has {size} bytes, and {expected} by its header')
 
 
 def _read_wav(file: Path) -> np.ndarray:

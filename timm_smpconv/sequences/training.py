@@ -10,7 +10,11 @@ from lightning import LightningModule
 from timm.optim import create_optimizer_v2
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..checkpoint import CheckpointError
+
 __all__ = ['SequenceClassifier', 'rate_factor']
+
+_UNSEEN = ('global_pool', 'radius_range')  # arguments of networks that the weights do not show
 
 
 def rate_factor(update: int, warmup: int, total: int, end: float) -> float:
@@ -34,6 +38,23 @@ def rate_factor(update: int, warmup: int, total: int, end: float) -> float:
     return end + (rise - end) * (1 + math.cos(math.pi * fall)) / 2
 
 
+class _Schedule(LambdaLR):
+    """Resumes at the update of a checkpoint, with rates by its own rule instead of those in the checkpoint."""
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, 'base_lrs': self.base_lrs})
+        self._last_lr = [peak * factor(self.last_epoch) for peak, factor in zip(self.base_lrs, self.lr_lambdas)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr):
+            group['lr'] = rate
+
+
+def _keep_options(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """Load the optimizer's moments, and none of its options."""
+    groups = [
+        {**own, 'params': loaded['params']} for own, loaded in zip(optimizer.param_groups, state_dict['param_groups'])]
+    return {**state_dict, 'param_groups': groups}
+
+
 class SequenceClassifier(LightningModule):
     """A network of timm, trained with cross entropy, `smpadam` and a learning rate set at every update.
 
@@ -47,7 +68,7 @@ class SequenceClassifier(LightningModule):
         weight_decay: L2 term; none on positions, radii, biases and one-dimensional parameters.
         warmup_epochs: Epochs in which the rate rises from 0, at least 0.
         min_lr: Where the cosine ends, positive.
-        weights: A checkpoint of this package or of the authors to start from.
+        weights: A checkpoint of this package or of the authors to start from. Not kept in checkpoints.
 
     Raises:
         ValueError: An argument breaks the rules above.
@@ -69,7 +90,7 @@ class SequenceClassifier(LightningModule):
                 raise ValueError(f'{argument} must be positive and finite, got {value}')
         if warmup_epochs < 0:
             raise ValueError(f'warmup_epochs must be at least 0, got {warmup_epochs}')
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=['weights'])
         pretrained = dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights)) if weights else {}
         self.model = timm.create_model(name, **{**pretrained, **(model_args or {})})
         self.lr, self.weight_decay = lr, weight_decay
@@ -105,9 +126,36 @@ class SequenceClassifier(LightningModule):
         updates = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         # The cosine of the authors ends at min_lr for radii too, and the optimizer scales their rate by itself.
         ends = [self.min_lr / group.get('radius_lr_scale', 1.) / self.lr for group in optimizer.param_groups]
-        schedule = LambdaLR(optimizer, [
+        optimizer.register_load_state_dict_pre_hook(_keep_options)
+        schedule = _Schedule(optimizer, [
             partial(rate_factor, warmup=self.warmup_epochs * updates, total=int(total), end=end) for end in ends])
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval='step'))
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another network.
+
+        Args:
+            checkpoint: What Lightning saved for a `SequenceClassifier`.
+
+        Raises:
+            CheckpointError: The name differs, the weights do not fit, or arguments that the weights do not show differ.
+        """
+        found, expected = checkpoint.get('hyper_parameters'), self.hparams
+        if not isinstance(found, Mapping) or 'state_dict' not in checkpoint:
+            raise CheckpointError(
+                'ckpt_path must be a checkpoint of a run, got other weights: give them as model.weights')
+        if found.get('name') != expected['name']:
+            raise CheckpointError(
+                f'ckpt_path must be a checkpoint of {expected["name"]}, got one of {found.get("name")}')
+        for argument in _UNSEEN:
+            ours, theirs = [(args['model_args'] or {}).get(argument) for args in (expected, found)]
+            if ours != theirs:
+                raise CheckpointError(
+                    f'ckpt_path must be a checkpoint with {argument} = {ours} in model_args, got one with {theirs}')
+        try:
+            self.model.load_state_dict(checkpoint['state_dict'])
+        except (CheckpointError, RuntimeError) as error:
+            raise CheckpointError(f'ckpt_path must be a checkpoint of the same network: {error}') from error
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         checkpoint['state_dict'] = _rename(checkpoint['state_dict'], 'model.', '')
