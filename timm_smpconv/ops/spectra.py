@@ -189,7 +189,7 @@ def _ends(x: torch.Tensor, dim: int) -> Tuple[torch.Tensor, torch.Tensor]:
             found = x.narrow(dim, start, n) != 0
             for d in range(x.ndim - 1, 1, -1):
                 found = found if d == dim else found.any(d)
-            index = torch.arange(start, start + n, device=x.device)
+            index = torch.arange(start, start + n, dtype=torch.int32, device=x.device)
             end = torch.where(found, index, -far).amax(-1) if is_last else torch.where(found, index, far).amin(-1)
             if n == size or bool((end.abs() < far).all()):
                 ends.append(end)
