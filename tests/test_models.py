@@ -16,6 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from timm_smpconv import SMPKernel
 from timm_smpconv.ops import BACKENDS, use_backend
+from timm_smpconv.pretrained import BUILT_IN
 from timm_smpconv.smpconv import SMPConvNet
 
 FACTS = {  # name: (trainable parameters, GMACs at 224 unmerged, stochastic depth, points per stage)
@@ -271,7 +272,7 @@ def test_compile_trains(images):
 
 def test_registry_and_cfgs():
     assert timm.list_models('smpconv*') == sorted(MODELS)
-    assert timm.list_models('smpconv*', pretrained=True) == ['smpconv_base.in1k', 'smpconv_tiny.in1k']
+    assert timm.list_models('smpconv*', pretrained=True) == sorted(BUILT_IN) and len(BUILT_IN) == 9
     cfg = timm.get_pretrained_cfg('smpconv_tiny.in1k')
     assert cfg.tag == 'in1k' and cfg.input_size == (3, 224, 224) and cfg.crop_pct == 0.875
     assert cfg.interpolation == 'bicubic' and cfg.num_classes == 1000

@@ -49,7 +49,7 @@ _CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 _PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
 _POSITIONS = re.compile(r'(^|\.)kernel\.(coords|radius)$')
 _PERMUTATION = re.compile(r'(^|\.)stem\.permutation$')
-_LENGTH = re.compile(r'(^|\.)stem\.kernel_size$')
+_LENGTH = re.compile(r'(^|\.)stem\.kernel_length$')
 
 
 class CheckpointError(RuntimeError):
@@ -192,7 +192,6 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     for key, value in source.items():
         renamed = _rename(key)
         if renamed is None:
-            _check_length(key, value, model)
             continue
         if renamed in out:
             raise CheckpointError(f'state_dict must hold every weight once, got {renamed} under two names')
@@ -205,6 +204,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     _check_keys(out, expected, ignore=_CLASSIFIER)
     inputs = getattr(model, 'input_weights', ())
     _check_values(out, expected, any_shape=(*inputs, *_CLASSIFIER))
+    for key, value in source.items():
+        _check_length(key, value, model)
     first_conv = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv') or ()
     adapted_by_timm = [f'{name}.weight' for name in ([first_conv] if isinstance(first_conv, str) else first_conv)]
     for key in inputs:

@@ -54,7 +54,7 @@ class SequenceStem(Stem):
     """The check of the network's input, its permutation, and dropout; (B, in_chans, L or H, W) → (B, in_chans, L).
 
     Attributes:
-        kernel_size: The length of the kernels, in the state dict: the shapes of points do not tell it.
+        kernel_length: The length of the kernels, in the state dict: the shapes of points do not tell it.
         permutation: (seq_len,), None if nothing is permuted: sample n of the result is sample `permutation[n]` of the
             input.
     """
@@ -64,7 +64,7 @@ class SequenceStem(Stem):
             self,
             in_chans: int,
             seq_len: int,
-            kernel_size: int,
+            kernel_length: int,
             permuted: bool,
             input_drop_rate: float,
             merged: bool,
@@ -74,8 +74,8 @@ class SequenceStem(Stem):
         self.in_chans = in_chans
         self.seq_len = seq_len
         self.merged = merged
-        self.length = kernel_size
-        self.register_buffer('kernel_size', torch.empty([], dtype=torch.long, device=device))
+        self.length = kernel_length
+        self.register_buffer('kernel_length', torch.empty([], dtype=torch.long, device=device))
         permutation = torch.empty(seq_len, dtype=torch.long, device=device) if permuted else None
         self.register_buffer('permutation', permutation)
         self.drop = nn.Dropout(input_drop_rate)
@@ -84,7 +84,7 @@ class SequenceStem(Stem):
     @torch.jit.ignore
     def initial_buffers(self) -> Dict[str, torch.Tensor]:
         """The values of the buffers. The permutation is the authors': the first draw after `np.random.seed(0)`."""
-        found = {'kernel_size': torch.tensor(self.length, device='cpu')}
+        found = {'kernel_length': torch.tensor(self.length, device='cpu')}
         if self.permutation is not None:
             found['permutation'] = torch.tensor(
                 np.random.RandomState(0).permutation(self.seq_len).tolist(), device='cpu')
