@@ -168,7 +168,7 @@ def infer(name, rounds):
     with torch.inference_mode():
         for variant in ('merged', 'prepacked'):
             agree(f'{name}, {variant}', networks[variant](x), model(x), 1e-3)
-        times = paired({variant: lambda m=m: m(x) for variant, m in networks.items()}, 5 * rounds)
+        times = paired({variant: lambda m=m: m(x) for variant, m in networks.items()}, rounds)
     least = times['nn.Conv of kernel 3']
     print(f'  {name:24} ' + ' | '.join(f'{n} {t:8.2f} ({t / least:4.1f})' for n, t in times.items()), flush=True)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['SMPKernel', 'grid', 'render_kernel']
+__all__ = ['SMPKernel', 'crop_unreached', 'grid', 'render_kernel']
 
 
 def grid(size: int, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
@@ -107,6 +107,28 @@ def _render_windows(
         basis = basis / (count.gather(1, index) + 1e-6).view_as(basis)
     terms = (weight.unsqueeze(-1) * basis.unsqueeze(1)).flatten(2)  # (G, C, P * W)
     return terms.new_zeros(*terms.shape[:2], size).scatter_add(2, index.unsqueeze(1).expand_as(terms), terms)
+
+
+@torch.fx.wrap
+def crop_unreached(kernel: torch.Tensor, coords: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """The end of a 1-D kernel, (G, C, K'), from just before the first sample that a point reaches: zeros are cropped.
+
+    The points of causal kernels gather at the current sample, the last one. At the start 30 × 30 points reach a third
+    of the samples. The whole kernel where values are unknown, as in a captured graph.
+
+    Args:
+        kernel: (G, C, K).
+        coords: (G, P, 1).
+        radius: (G, P), in range.
+    """
+    if torch.jit.is_scripting():
+        return kernel
+    with torch.no_grad():
+        oldest = _known(coords[..., 0] - radius, torch.min)
+    if oldest is None or not math.isfinite(oldest):
+        return kernel
+    last = kernel.shape[2] - 1
+    return kernel[..., min(max(math.floor((oldest + 1) * last / 2) - 1, 0), last):]
 
 
 def _known(x: torch.Tensor, limit: Callable[[torch.Tensor], torch.Tensor]) -> Optional[float]:

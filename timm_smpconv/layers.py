@@ -20,7 +20,7 @@ from timm.layers import DropPath, SelectAdaptivePool2d, to_2tuple
 from . import folding
 from .checkpoint import CheckedLoading
 from .folding import Convolution, absorb, affine, forward_of, refused
-from .kernel import SMPKernel
+from .kernel import SMPKernel, crop_unreached
 from .merged import (
     MergedBlock,
     MergedConv2d,
@@ -37,6 +37,8 @@ __all__ = [
     'merged_block', 'odd_sizes']
 
 _int_or_pair = Union[int, Tuple[int, int]]
+
+torch.fx.wrap('crop_unreached')  # FX wraps a function in one module at a time
 
 
 @torch.fx.wrap
@@ -326,6 +328,9 @@ class SMPConv1d(_SMPConv):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_sequences(x, self.in_channels)
         weight = self.render().to(x.dtype)
+        if self.causal:
+            low, high = self.kernel.radius_range
+            weight = crop_unreached(weight, self.kernel.coords, self.kernel.radius.detach().clamp(low, high))
         return conv1d(x, weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal)
 
     def extra_repr(self) -> str:
