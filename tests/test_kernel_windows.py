@@ -1,12 +1,14 @@
 """Long kernels in one dimension, rendered from the samples that each point reaches, against the loop over samples."""
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TOLERANCE, difference
 from reference import kernel_loop
 from torch.func import jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_smpconv import SMPKernel, render_kernel
+from timm_smpconv import SMPConv1d, SMPKernel, render_kernel
+from timm_smpconv.merged import conv1d
 
 SIZE = 301
 
@@ -105,6 +107,28 @@ def test_a_compiled_or_traced_kernel_does_not_depend_on_the_radii_it_was_capture
         expected = kernel_loop(kernel.coords, kernel.radius, kernel.weight, (SIZE,))
         for program in captured:
             assert difference(program(), expected) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize('nearest,expected', [(0.5, 80), (0.99, 7), (1.2, 1), (-0.9, 290), (-1.3, SIZE)])
+def test_samples_older_than_all_points_are_cropped(nearest, expected, monkeypatch):
+    """Output and every gradient as with the whole kernel."""
+    layer = SMPConv1d(2, 3, SIZE, causal=True, points=5, radius=0.02, dtype=torch.float64)
+    with torch.no_grad():
+        layer.kernel.coords.uniform_(max(nearest, -1), max(nearest, 1))
+        layer.kernel.coords[1, 2] = nearest
+        layer.kernel.radius[0, 0] = 1e-9  # out of its range
+    lengths = []
+    monkeypatch.setattr(
+        'timm_smpconv.layers.conv1d', lambda x, w, *args: lengths.append(w.shape[2]) or conv1d(x, w, *args))
+    x = torch.randn(2, 2, SIZE, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    weight = layer.render()
+    whole = F.conv1d(F.pad(x, (SIZE - 1, 0)), weight, layer.bias)
+    assert difference(y, whole) < TOLERANCE[torch.float64]
+    assert not weight[..., :-lengths[0]].any() and lengths == [expected]
+    leaves, cotangent = [x, *layer.parameters()], torch.randn_like(y)
+    for a, e in zip(*(torch.autograd.grad(out, leaves, cotangent) for out in (y, whole))):
+        assert difference(a, e) < 10 * TOLERANCE[torch.float64]
 
 
 def test_a_kernel_without_points_is_zero():
