@@ -137,9 +137,9 @@ def _milliseconds(models: List[nn.Module], x: torch.Tensor, rounds: int = 15) ->
 
 
 def _pictures(model: nn.Module) -> Dict[str, Picture]:
-    """Where a kernel is → its first channel: the network's first kernel, and the first behind each third of them."""
+    """Where a kernel is → its first channel: the first kernel of each quarter of the network but the last."""
     kernels = [(name, module) for name, module in model.named_modules() if isinstance(module, SMPKernel)]
-    chosen = (kernels[len(kernels) * i // 3] for i in range(3))
+    chosen = (kernels[len(kernels) * i // 4] for i in range(3))
     return {f'{name.removesuffix(".large.conv.kernel")}, channel 0': picture_of(kernel) for name, kernel in chosen}
 
 
