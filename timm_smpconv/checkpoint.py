@@ -224,14 +224,10 @@ def _check_length(key: str, value: Any, model: nn.Module) -> None:
 
 
 def _adapt_input(key: str, weight: torch.Tensor, like: Sequence[int]) -> torch.Tensor:
-    """A weight (O, I, *) for other input channels, by timm's rule, which takes weights of images (O, I, K, K)."""
-    if len(weight.shape) == len(like) and weight.shape[0] == like[0] and weight.shape[1] != like[1]:
+    """A weight for images of three channels, (O, 3, *), for other channels by timm's rule, which takes (O, 3, K, K)."""
+    if len(weight.shape) == len(like) and weight.shape[0] == like[0] and weight.shape[1] == 3 != like[1]:
         flat = weight.reshape(*weight.shape[:2], -1, 1)
-        try:
-            adapted = adapt_input_conv(like[1], flat)
-            weight = adapted.reshape(len(weight), adapted.shape[1], *weight.shape[2:])
-        except NotImplementedError:  # it adapts weights of three channels only
-            pass
+        weight = adapt_input_conv(like[1], flat).reshape(len(weight), like[1], *weight.shape[2:])
     if weight.shape != torch.Size(like):
         raise CheckpointError(
             f'state_dict must have the shapes of the model, got {key} {tuple(weight.shape)} instead of {tuple(like)}')
