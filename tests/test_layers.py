@@ -10,7 +10,8 @@ from reference import conv_loop, kernel_loop
 from timm.utils import reparameterize_model
 
 from timm_smpconv import RepSMPConv2d, SMPConv2d, SMPKernel
-from timm_smpconv.layers import ConvNorm, DepthwiseConv2d, NormClassifierHead
+from timm_smpconv.heads import NormClassifierHead
+from timm_smpconv.layers import ConvNorm, DepthwiseConv2d
 from timm_smpconv.merged import MergedConv2d, MergeError, merging_in_training_mode
 
 SHAPES = [  # (C, kernel_size, stride, padding, H, W)

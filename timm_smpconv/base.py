@@ -59,7 +59,7 @@ class SMPFeatureListNet(_MergesAtOnce, CheckedLoading, FeatureListNet):
 
 
 class SMPNet(_MergesAtOnce, CheckedLoading):
-    """Base class of the networks: a stem, a sequence of stages or blocks, and a head.
+    """Base class of the networks: a stem, a sequence of blocks or stages, and a head.
 
     Attributes:
         stem: A `Stem`.
@@ -68,12 +68,13 @@ class SMPNet(_MergesAtOnce, CheckedLoading):
         input_weights: Names of the weights, of unmerged and merged networks, that meet the input's channels.
         output_fmt: Layout of the intermediates.
     """
-    levels = 'stages'
+    levels = 'blocks'
     input_weights: Tuple[str, ...] = ()
     output_fmt = 'NCHW'
     pretrained_cfg: Dict[str, Any]  # set by timm's builder
     if TYPE_CHECKING:  # TorchScript would read these
         stem: nn.Module
+        blocks: nn.Sequential
         head: Any
         num_classes: int
 
@@ -81,6 +82,10 @@ class SMPNet(_MergesAtOnce, CheckedLoading):
     def authors_buffers(self) -> Dict[str, torch.Tensor]:
         """Entries of the state dict that the authors' checkpoints do not have, with the values they mean."""
         return {}
+
+    def __init__(self):
+        super().__init__()
+        self.grad_checkpointing = False
 
     def reparameterize(self) -> None:
         """Merge all parts in place, or none."""
@@ -166,8 +171,20 @@ class SMPNet(_MergesAtOnce, CheckedLoading):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         return self.head(x, pre_logits=pre_logits)
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(stem=r'^stem', blocks=r'^blocks\.(\d+)')
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """What the head takes: the output of the last block."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_blocks(self.blocks, x)
+        return self.blocks(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))

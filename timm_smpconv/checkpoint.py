@@ -10,8 +10,6 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
-from .kernel import check_points
-
 __all__ = [
     'CheckedLoading', 'CheckpointError', 'check_archive', 'check_before_loading', 'checkpoint_filter_fn',
     'count_classes', 'count_inputs', 'is_authors_layout', 'read_checkpoint', 'select_weights']
@@ -47,9 +45,6 @@ _RENAMES = (
 )
 _CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 _PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
-_POSITIONS = re.compile(r'(^|\.)kernel\.(coords|radius)$')
-_PERMUTATION = re.compile(r'(^|\.)stem\.permutation$')
-_LENGTH = re.compile(r'(^|\.)stem\.kernel_length$')
 
 
 class CheckpointError(RuntimeError):
@@ -203,7 +198,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
         out = {**getattr(model, 'authors_buffers', dict)(), **out}
     _check_keys(out, expected, ignore=_CLASSIFIER)
     inputs = getattr(model, 'input_weights', ())
-    _check_values(out, expected, any_shape=(*inputs, *_CLASSIFIER))
+    _check_values(out, model, any_shape=(*inputs, *_CLASSIFIER))
     for key, value in source.items():
         _check_length(key, value, model)
     first_conv = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv') or ()
@@ -281,9 +276,8 @@ def check_before_loading(
     Raises:
         CheckpointError: A shape, a dtype, a layout or a value does not fit, or only one of both is merged.
     """
-    expected = {prefix + key: value for key, value in module.state_dict().items()}
-    _check_merged([key for key in state_dict if key.startswith(prefix)], expected)
-    _check_values(state_dict, expected)
+    _check_merged([key for key in state_dict if key.startswith(prefix)], module.state_dict())
+    _check_values(state_dict, module, prefix)
 
 
 def _unreadable(path: Union[str, Path], error: Exception) -> CheckpointError:
@@ -322,25 +316,28 @@ def _rename(key: str) -> Optional[str]:
 
 def _check_values(
         state_dict: Mapping[str, Any],
-        expected: Mapping[str, torch.Tensor],
+        module: nn.Module,
+        prefix: str = '',
         any_shape: Container[str] = (),
 ) -> None:
+    """Check what `module` would load. Modules with a method `check_entry(name, key, value)` check their own entries."""
     wrong = []
-    for key, like in expected.items():
+    for key, like in module.state_dict(prefix=prefix).items():
         if key in state_dict:
             value = state_dict[key]
             _check_tensor(key, value, like)
             if value.shape != like.shape and key not in any_shape:
                 wrong.append(f'{key} {tuple(value.shape)} instead of {tuple(like.shape)}')
-            elif _POSITIONS.search(key):
-                _check_points(key, value.to(like.dtype))
-            elif _PERMUTATION.search(key):
-                _check_permutation(key, value)
-            elif _LENGTH.search(key) and not like.is_meta and not value.is_meta and value.item() != like.item():
-                raise CheckpointError(
-                    f'{key} must be {like.item()}, the length of the kernels of the model, got {value.item()}')
     if wrong:
         raise CheckpointError(f'state_dict must have the shapes of the model, got {_some(wrong)}')
+    for path, part in module.named_modules():
+        for name, like in {**part._parameters, **part._buffers}.items() if hasattr(part, 'check_entry') else ():
+            key = f'{prefix}{path}.{name}' if path else f'{prefix}{name}'
+            if key in state_dict and like is not None:
+                try:
+                    part.check_entry(name, key, state_dict[key].to(like.dtype))
+                except ValueError as error:
+                    raise CheckpointError(str(error)) from error
 
 
 def _check_tensor(key: str, value: Any, like: torch.Tensor) -> None:
@@ -356,23 +353,6 @@ def _check_tensor(key: str, value: Any, like: torch.Tensor) -> None:
     # A counter of batches may be a float: timm's avg_checkpoints.py averages it with the weights.
     if value.is_complex() or value.is_quantized or value.dtype == torch.bool:
         raise CheckpointError(f'{key} must have an integer or floating point dtype, got {value.dtype}')
-
-
-def _check_points(key: str, value: torch.Tensor) -> None:
-    try:
-        check_points(key, value)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _check_permutation(key: str, value: torch.Tensor) -> None:
-    if value.is_meta:
-        return
-    found, numbers = value.cpu().sort().values, torch.arange(len(value))
-    if not torch.equal(found, numbers.to(found.dtype)):
-        missing = numbers[~torch.isin(numbers, found)]
-        raise CheckpointError(
-            f'{key} must hold every number from 0 to {len(value) - 1} once, got none that is {missing[0].item()}')
 
 
 def _check_keys(keys: Iterable[str], expected: Iterable[str], ignore: Container[str] = ()) -> None:

@@ -394,12 +394,22 @@ class SMPKernel(nn.Module):
         radius = _nearest_in_range(self.radius, self.radius_range[0], self.radius_range[1])
         return _render_in_float(self.coords, radius, self.weight, self.size, self.average)
 
+    def check_entry(self, name: str, key: str, value: torch.Tensor) -> None:
+        """Raise a ValueError if this kernel must not load a value.
+
+        Args:
+            name: 'coords', 'radius' or 'weight'.
+            key: What the error calls it.
+            value: Of any shape.
+        """
+        (_check_dense if name == 'weight' else check_points)(key, value)
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         try:
-            for name, check in (('coords', check_points), ('radius', check_points), ('weight', _check_dense)):
+            for name in self._parameters:
                 value = state_dict.get(prefix + name)
                 if isinstance(value, torch.Tensor):
-                    check(prefix + name, value)
+                    self.check_entry(name, prefix + name, value)
         except ValueError as error:
             error_msgs = args[-1]
             error_msgs.append(str(error))

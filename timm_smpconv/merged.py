@@ -22,7 +22,7 @@ from .ops import (
 
 __all__ = [
     'MergeError', 'MergedBlock', 'MergedConv1d', 'MergedConv2d', 'MergedLargeConv2d', 'MergedNorm', 'check_mode',
-    'conv1d', 'merge', 'merge_parts', 'merging_in_training_mode', 'prepack']
+    'conv1d', 'merge', 'merge_parts', 'merging_in_training_mode', 'prepack', 'reset_convolution']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 _training_is_allowed: ContextVar[bool] = ContextVar('_training_is_allowed', default=False)
@@ -146,7 +146,7 @@ class MergedConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's convolutions."""
-        _reset(self)
+        reset_convolution(self)
 
     def forward(self, x: torch.Tensor, residual: Optional[torch.Tensor] = None) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -182,7 +182,7 @@ class MergedLargeConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's small convolutions."""
-        _reset(self)
+        reset_convolution(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -254,7 +254,7 @@ class MergedConv1d(nn.Conv1d):
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's small convolutions."""
-        _reset(self)
+        reset_convolution(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -267,7 +267,8 @@ class MergedConv1d(nn.Conv1d):
         return f'{super().extra_repr()}, causal={self.causal}'
 
 
-def _reset(conv: Union[nn.Conv1d, nn.Conv2d]) -> None:
+def reset_convolution(conv: Union[nn.Conv1d, nn.Conv2d]) -> None:
+    """Set the parameters to the start values of the paper: a truncated normal of 0.02, and 0 for the bias."""
     nn.init.trunc_normal_(conv.weight, std=0.02)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

@@ -6,17 +6,18 @@ https://github.com/sangnekim/SMPConv. Written anew for timm.
 Shapes: B batch, C channels, H and W height and width.
 """
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.fx
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
-from .base import SMPNet, Stem, checkpoint_blocks, create_model, model_cfg
+from .base import SMPNet, Stem, create_model, model_cfg
 from .checkpoint import check_before_loading
-from .layers import ClassifierHead, DenseRepSMPConv2d, check_images
-from .merged import MergedLargeConv2d
+from .heads import ClassifierHead
+from .layers import DenseRepSMPConv2d, check_images
+from .merged import MergedLargeConv2d, reset_convolution
 from .pretrained import hub_id
 
 __all__ = ['SMPResNet']
@@ -83,7 +84,6 @@ class SMPResNet(SMPNet):
         >>> net.eval()(torch.randn(1, 3, 16, 20)).shape
         torch.Size([1, 4])
     """
-    levels = 'blocks'
     input_weights = (
         'stem.conv1.large.conv.kernel.weight', 'stem.conv1.small.conv.weight', 'stem.conv1.weight')
 
@@ -119,7 +119,6 @@ class SMPResNet(SMPNet):
         self.drop_rate = drop_rate
         self.num_features = dims[-1]
         self.kernel_length = kernel_size
-        self.grad_checkpointing = False
 
         def conv(in_dim: int, dim: int, small_bias: bool = False) -> nn.Module:
             if inference_mode:
@@ -142,27 +141,10 @@ class SMPResNet(SMPNet):
         self.stem.apply(_init_weights)
         self.blocks.apply(_init_weights)
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return dict(stem=r'^stem', blocks=r'^blocks\.(\d+)')
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) → (B, num_features, H, W)."""
-        x = self.stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_blocks(self.blocks, x)
-        return self.blocks(x)
-
 
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        reset_convolution(module)
 
 
 _cfg = partial(

@@ -14,9 +14,10 @@ import torch.fx
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
-from .base import SMPNet, Stem, checkpoint_blocks, create_model, model_cfg
+from .base import SMPNet, Stem, create_model, model_cfg
 from .checkpoint import check_before_loading
-from .layers import ClassifierHead, RepSMPConv1d, SelectSequencePool
+from .heads import ClassifierHead, SelectSequencePool
+from .layers import RepSMPConv1d
 from .merged import MergedConv1d
 from .pretrained import hub_id
 
@@ -96,6 +97,25 @@ class SequenceStem(Stem):
         for name, value in self.initial_buffers().items():
             getattr(self, name).copy_(value)
 
+    @torch.jit.ignore
+    def check_entry(self, name: str, key: str, value: torch.Tensor) -> None:
+        """Raise a ValueError if a value is no permutation, or the length of other kernels.
+
+        Args:
+            name: 'permutation' or 'kernel_length'.
+            key: What the error calls it.
+            value: Of the buffer's shape.
+        """
+        if value.is_meta:
+            return
+        if name == 'kernel_length' and value.item() != self.length:
+            raise ValueError(f'{key} must be {self.length}, the length of the kernels of the model, got {value.item()}')
+        if name == 'permutation':
+            missing = sorted(set(range(len(value))) - set(value.tolist()))
+            if missing:
+                raise ValueError(
+                    f'{key} must hold every number from 0 to {len(value) - 1} once, got none that is {missing[0]}')
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = read_sequences(x, self.in_chans, self.seq_len, self.permutation is not None)
         permutation = self.permutation
@@ -158,7 +178,6 @@ class SMPTCN(SMPNet):
         >>> net.eval()(torch.randn(1, 3, 100)).shape
         torch.Size([1, 4])
     """
-    levels = 'blocks'
     input_weights = (
         'blocks.0.conv1.large.conv.kernel.weight', 'blocks.0.conv1.small.conv.weight', 'blocks.0.conv1.weight',
         'blocks.0.shortcut.weight')
@@ -203,7 +222,6 @@ class SMPTCN(SMPNet):
         self.kernel_length = length
         self.drop_rate = drop_rate
         self.num_features = dim
-        self.grad_checkpointing = False
 
         def conv(in_dim: int) -> nn.Module:
             if inference_mode:
@@ -229,21 +247,6 @@ class SMPTCN(SMPNet):
     def authors_buffers(self) -> Dict[str, torch.Tensor]:
         stem: Any = self.stem
         return {f'stem.{name}': value for name, value in stem.initial_buffers().items()}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return dict(stem=r'^stem', blocks=r'^blocks\.(\d+)')
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, L) or (B, in_chans, H, W) → (B, num_features, L)."""
-        x = self.stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_blocks(self.blocks, x)
-        return self.blocks(x)
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:

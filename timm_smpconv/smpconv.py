@@ -19,10 +19,10 @@ from timm.models import generate_default_cfgs, register_model
 
 from .base import SMPNet, Stem, checkpoint_blocks, create_model, model_cfg
 from .checkpoint import check_before_loading
+from .heads import NormClassifierHead
 from .layers import (
     ConvNorm,
     DepthwiseConv2d,
-    NormClassifierHead,
     RepSMPConv2d,
     check_images,
     merged_block,
@@ -214,6 +214,7 @@ class SMPConvNet(SMPNet):
         >>> net.eval()(torch.randn(1, 3, 64, 96)).shape
         torch.Size([1, 10])
     """
+    levels = 'stages'
     input_weights = ('stem.0.conv.weight',)
 
     def __init__(
