@@ -78,7 +78,7 @@ def _distance(coords: torch.Tensor, size: int, index: Optional[torch.Tensor] = N
 
 def _window(radius: torch.Tensor, size: int) -> Optional[int]:
     """The most samples of `size` that a point of any of these radii reaches; None if the radii are unknown."""
-    largest = _known(radius, torch.max)
+    largest = _known(radius, torch.max) if _is_worth_reading(radius, size) else None
     if largest is None or not math.isfinite(largest):
         return None
     return min(size, math.floor(largest * (size - 1)) + 3)  # one more at each end for rounding
@@ -123,12 +123,19 @@ def crop_unreached(kernel: torch.Tensor, coords: torch.Tensor, radius: torch.Ten
     """
     if torch.jit.is_scripting():
         return kernel
-    with torch.no_grad():
-        oldest = _known(coords[..., 0] - radius, torch.min)
+    oldest = None
+    if _is_worth_reading(radius, kernel.shape[2]):
+        with torch.no_grad():
+            oldest = _known(coords[..., 0] - radius, torch.min)
     if oldest is None or not math.isfinite(oldest):
         return kernel
     last = kernel.shape[2] - 1
     return kernel[..., min(max(math.floor((oldest + 1) * last / 2) - 1, 0), last):]
+
+
+def _is_worth_reading(radius: torch.Tensor, size: int) -> bool:
+    """Whether to read values to save work. Other devices than CPUs make the program wait: for large kernels only."""
+    return not torch.jit.is_tracing() and (radius.device.type == 'cpu' or radius.numel() * size > 2 ** 22)
 
 
 def _known(x: torch.Tensor, limit: Callable[[torch.Tensor], torch.Tensor]) -> Optional[float]:
