@@ -7,6 +7,7 @@ by `F.conv1d` and `F.conv2d` (CIFAR-10, CT, SC). Source: their smp/ckconv and sm
 import pathlib
 import subprocess
 import sys
+import time
 
 import timm
 import torch
@@ -108,20 +109,23 @@ def training_step(name, variant):
     return step
 
 
-def memory(name, variant):
-    """MiB by which two steps raise the peak of a process of their own."""
-    command = [sys.executable, '-m', 'benchmarks.family', name, variant]
+def alone(name, variant, steps):
+    """The last step's milliseconds, the first step's loss, and the MiB by which the steps raise a process's peak."""
+    command = [sys.executable, '-m', 'benchmarks.family', name, variant, str(steps)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(result.stdout.split()[-1]) / 1024
+    return [float(figure) for figure in result.stdout.split()]
 
 
-def print_peak(name, variant):
-    """Print by how many KiB two steps of one variant raise the resident memory of this process at most."""
+def print_alone(name, variant, steps):
+    """Print what `alone` reads."""
     before = resident('VmRSS')
-    step = training_step(name, variant)
-    step()
-    step()
-    print(resident('VmHWM') - before)
+    step, losses = training_step(name, variant), []
+    torch.manual_seed(1)
+    for _ in range(int(steps)):
+        start = time.perf_counter()
+        losses.append(step())
+        seconds = time.perf_counter() - start
+    print(1e3 * seconds, losses[0].item(), (resident('VmHWM') - before) / 1024)
 
 
 def resident(key):
@@ -132,16 +136,14 @@ def resident(key):
 
 def train(name, rounds):
     """A line on the training step: times, peaks, and their ratios."""
-    steps = {variant: training_step(name, variant) for variant in ('authors', 'ours')}
-    losses = {}
-    direct_images = name == 'smpconv_resnet_cifar10'  # minutes a step
-    for variant, step in steps.items():
-        torch.manual_seed(1)
-        losses[variant] = step()
+    takes_minutes = name == 'smpconv_resnet_cifar10'  # the authors' step: once
+    found = {v: alone(name, v, 1 if takes_minutes and v == 'authors' else 2) for v in ('authors', 'ours')}
+    times = {variant: milliseconds for variant, (milliseconds, _, _) in found.items()}
+    losses = {variant: torch.tensor(loss) for variant, (_, loss, _) in found.items()}
+    peaks = {variant: peak for variant, (_, _, peak) in found.items()}
     agree(f'the loss of {name}', losses['ours'], losses['authors'], 1e-3)
-    times = paired(steps, 1 if direct_images else rounds, warmup=0, settle=not direct_images)
-    del steps
-    peaks = {variant: memory(name, variant) for variant in times}
+    if not takes_minutes:
+        times = paired({variant: training_step(name, variant) for variant in found}, rounds, warmup=1)
     print(f'  {name:24} batch {NETWORKS[name][0]:2}: ' + ' | '.join(
         f'{what} {by["authors"]:8.0f} {by["ours"]:7.0f}, authors / ours {by["authors"] / by["ours"]:5.1f}'
         for what, by in (('ms', times), ('peak MiB', peaks))), flush=True)
@@ -184,4 +186,4 @@ def family(args):
 
 
 if __name__ == '__main__':
-    print_peak(*sys.argv[1:])
+    print_alone(*sys.argv[1:])
