@@ -14,9 +14,9 @@ Shapes are remembered for each device, dtype, memory format, pass, C, K, L and p
 rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on, two buckets an octave. After `MAX_RACES` races with the same C, K,
 L and so on, a new bucket takes the winner of the nearest bucket, without a race of its own.
 
-Results may come from another backend in another process: the ranks of a distributed run time for themselves and never
-wait for each other. Where that must not be, deterministic algorithms switch the race off, see `is_allowed`. No thread
-waits either: while one races, the others run the reference.
+Results of later calls, and of another process, may thus come from another backend. The ranks of a distributed run time
+for themselves and never wait for each other. Where results must not differ, ask for deterministic algorithms: then
+there is no race, see `is_allowed`. No thread waits either: while one races, those that would run the reference.
 
 At any time a race holds the reference's result and one other.
 """
@@ -270,7 +270,8 @@ def _try_race(
     """What a race finds: the reference wins if it fails; None if the expected result can judge nothing."""
     with torch.no_grad(), torch.cuda.device(key.case.device):
         entry, reason = _attempt(key, _race, key, candidates, reference, expected, tolerance)
-        _free_memory(key)  # as PyTorch does after a benchmark of its own: the losers may have taken gigabytes
+        if entry is not None:
+            _free_memory(key)  # as PyTorch does after a benchmark of its own: the losers may have taken gigabytes
     if reason is not None:
         entry = _Entry(reference)
         _logger.info('backend %s stays for the %s, which could not be timed: %s', reference, _describe(key), reason)
