@@ -23,13 +23,10 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.gpu import SHAPES
+from benchmarks.gpu import DTYPES, SHAPES
 from timm_smpconv.ops.backends import triton as triton_backend, triton_tiles
 
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB of one block, by compute capability
-DTYPES = {  # and whether PyTorch allows tf32
-    'bfloat16': (torch.bfloat16, False), 'float16': (torch.float16, False),
-    'tf32': (torch.float32, True), 'float32': (torch.float32, False)}
 PRODUCT = re.compile(
     r'(mma\.sync|wgmma)(?:\.mma_async\.sync)?\.aligned\.(m\d+n\d+k\d+)|(tcgen05)\.mma\.cta_group::1\.kind::(\w+)')
 SHORT = {  # names of constants in the table

@@ -51,14 +51,14 @@ _CONV_TILES = {
     'tf32': (ConvTile(64, 128, 4), ConvTile(64, 64, 4), ConvTile(32, 64, 4), ConvTile(16, 16, 4)),
     'float32': (ConvTile(64, 128, 8), ConvTile(64, 64, 4), ConvTile(32, 64, 4), ConvTile(16, 16, 4))}
 _CORR_TILES = {
-    'half': (CorrTile(128, 64, 4), CorrTile(64, 64, 4), CorrTile(64, 32, 4)),
+    'half': (CorrTile(128, 64, 8), CorrTile(64, 64, 4), CorrTile(64, 32, 4)),
     'tf32': (CorrTile(64, 64, 4), CorrTile(64, 32, 4), CorrTile(16, 16, 4)),
     'float32': (CorrTile(64, 64, 8), CorrTile(64, 32, 4), CorrTile(16, 16, 4))}
 
 VARIANTS: Dict[str, Tuple[ConvTile, CorrTile]] = {  # to race with the ones above
     'triton-128x128': (ConvTile(128, 128, 8), CorrTile(64, 64, 4)),
-    'triton-64x256': (ConvTile(64, 256, 8), CorrTile(128, 32, 4)),
-    'triton-64x128': (ConvTile(64, 128, 4), CorrTile(128, 128, 8)),
+    'triton-64x256': (ConvTile(64, 256, 8), CorrTile(128, 32, 8)),
+    'triton-64x128': (ConvTile(64, 128, 4), CorrTile(64, 128, 8)),
     'triton-64x64': (ConvTile(64, 64, 4), CorrTile(64, 32, 4)),
 }
 
@@ -86,15 +86,18 @@ def limits(x: torch.Tensor) -> Tuple[int, int]:
 
 def conv_tile(x: torch.Tensor) -> ConvTile:
     """The tile of `triton_programs.conv` by default."""
-    tiles = _CONV_TILES[precision(x)]
-    narrow = precision(x) == 'half' and columns(x.shape[3]) < 32  # the addresses of 256 outputs take registers too
-    return next((tile for tile in tiles[narrow:] if buffers(tile, x) > 1), tiles[-1])
+    return _first(_CONV_TILES[precision(x)], x)
 
 
 def corr_tile(x: torch.Tensor) -> CorrTile:
     """The tile of `triton_programs.corr` by default."""
-    tiles = _CORR_TILES[precision(x)]
-    return next((tile for tile in tiles if buffers(tile, x) > 1), tiles[-1])
+    return _first(_CORR_TILES[precision(x)], x)
+
+
+def _first(tiles, x: torch.Tensor):
+    # Addresses take registers too: more where rows are short, as they are read and written by the few columns.
+    narrow = precision(x) == 'half' and columns(x.shape[3]) < 32
+    return next((tile for tile in tiles[narrow:] if buffers(tile, x) > 1), tiles[-1])
 
 
 def buffers(tile, x: torch.Tensor) -> int:
