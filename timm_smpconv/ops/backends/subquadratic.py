@@ -11,7 +11,8 @@ transform, twice the larger of H and W rounded up to a power of two. For x (B, C
     y[b, c, i, j] = Σ_uv  weight[c, u, v] x[b, c, (i + N/2 - u) mod N, (j + N/2 - v) mod N]        i < H, j < W
 
 so tap (k, l) of a "same" convolution is weight[c, N/2 + K//2 - k, N/2 + L//2 - l]: the flipped kernel, with its centre
-at (N/2, N/2). Its spectra are rounded to the dtype of x.
+at (N/2, N/2). Its spectra are rounded to the dtype of x. Where a GPU has too little shared memory for N, it raises
+RuntimeError.
 """
 import importlib
 import importlib.machinery
@@ -30,7 +31,7 @@ def unsupported(x: torch.Tensor) -> Optional[str]:
     if x.device.type not in ('cuda', 'meta'):
         return f'subquadratic runs on cuda only, x is on {x.device}'
     if x.dtype not in (torch.float32, torch.bfloat16):
-        # It has float16 as well, but divides spectra by N²: of usual weights they are subnormal there.
+        # It has float16 as well, but divides spectra by N²: at N = 128 those of usual weights are subnormal.
         return f'subquadratic computes float32 and bfloat16, x is {x.dtype}'
     if max(x.shape[2:]) > 64:
         return f'subquadratic takes maps of at most 64×64, x has {x.shape[2]}×{x.shape[3]}'

@@ -24,7 +24,7 @@ class ConvTile(NamedTuple):
 
     def numbers(self, p: int) -> int:
         """In shared memory, for one product."""
-        return (self.m + self.n) * p
+        return (self.m + max(self.n, p)) * p
 
 
 class CorrTile(NamedTuple):
@@ -51,12 +51,12 @@ _CONV_TILES = {
     'tf32': (ConvTile(64, 128, 4), ConvTile(64, 64, 4), ConvTile(32, 64, 4), ConvTile(16, 16, 4)),
     'float32': (ConvTile(64, 128, 8), ConvTile(64, 64, 4), ConvTile(32, 64, 4), ConvTile(16, 16, 4))}
 _CORR_TILES = {
-    'half': (CorrTile(128, 64, 8), CorrTile(64, 64, 4), CorrTile(64, 32, 4)),
+    'half': (CorrTile(128, 64, 8), CorrTile(64, 64, 8), CorrTile(64, 32, 4)),
     'tf32': (CorrTile(64, 64, 4), CorrTile(64, 32, 4), CorrTile(16, 16, 4)),
     'float32': (CorrTile(64, 64, 8), CorrTile(64, 32, 4), CorrTile(16, 16, 4))}
 
 VARIANTS: Dict[str, Tuple[ConvTile, CorrTile]] = {  # to race with the ones above
-    'triton-128x128': (ConvTile(128, 128, 8), CorrTile(64, 64, 4)),
+    'triton-128x128': (ConvTile(128, 128, 8), CorrTile(64, 64, 8)),
     'triton-64x256': (ConvTile(64, 256, 8), CorrTile(128, 32, 8)),
     'triton-64x128': (ConvTile(64, 128, 4), CorrTile(64, 128, 8)),
     'triton-64x64': (ConvTile(64, 64, 4), CorrTile(64, 32, 4)),
