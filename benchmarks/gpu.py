@@ -1,7 +1,7 @@
 """What the operator and the models cost on a GPU: `python -m benchmarks.gpu [ops] [models]`. Not run on one so far.
 
 Times are medians in milliseconds by `triton.testing.do_bench`: device events, after a warm-up, the L2 cache overwritten
-before each run. Outputs are compared with `F.conv2d` before anything is timed.
+before each run. What differs from `F.conv2d` without tf32, or fails, is not timed.
 """
 import argparse
 import platform
@@ -14,14 +14,24 @@ from timm.utils import reparameterize_model
 
 import timm_smpconv  # noqa: F401 (registers the models)
 from benchmarks.timing import agree
-from timm_smpconv.ops import depthwise_conv2d, use_backend
+from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
+from timm_smpconv.ops.backends import subquadratic, triton
+from timm_smpconv.ops.backends.table import Backend
 
 SHAPES = {  # (C, H, K): of the design, and of mobile51's stages
     'A': (128, 56, 31), 'B': (256, 28, 29), 'C': (512, 14, 27), 'D': (1024, 7, 13), 'E': (124, 56, 51),
     'mobile51, 0': (64, 56, 51), 'mobile51, 1': (128, 28, 49),
     'mobile51, 2': (256, 14, 47), 'mobile51, 3': (320, 7, 13)}
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-BYTES_PER_MS, FLOP_PER_MS = 4.3e9, {torch.float32: 6.0e10, torch.bfloat16: 7.9e11, torch.float16: 7.9e11}  # of an H200
+DTYPES = {  # and whether PyTorch computes products of float32 in tf32
+    'bfloat16': (torch.bfloat16, False), 'float16': (torch.float16, False),
+    'tf32': (torch.float32, True), 'float32': (torch.float32, False)}
+TOLERANCE = {'float32': 1e-5, 'tf32': 4e-3, 'bfloat16': 2e-2, 'float16': 4e-3}
+BYTES_PER_MS = 4.3e9  # of an H200, as below
+FLOP_PER_MS = {'float32': 6.0e10, 'tf32': 3.9e11, 'bfloat16': 7.9e11, 'float16': 7.9e11}
+# Backends that are only raced.
+RACED = {
+    **{name: Backend(*variant) for name, variant in triton.VARIANTS.items()},
+    'subquadratic': Backend(subquadratic.conv, subquadratic.corr, subquadratic.unsupported)}
 PASSES = ('output', 'input gradient', 'weight gradient')
 
 
@@ -45,16 +55,21 @@ def toeplitz(x, weight):
     return torch.bmm(x.movedim(1, 0).flatten(2), matrix).unflatten(2, (h, w)).movedim(0, 1)
 
 
-def ways(h):
-    """What is raced: name → function of x and weight, and the memory format of x."""
+def ways(x):
+    """What is raced for x: name → function of x and weight, and the memory format of x."""
     found = {}
-    for name in ('triton', 'fft'):
-        found[name] = forced(name), torch.contiguous_format
+    for name in ('triton', *RACED, 'fft'):
+        if BACKENDS[name].unsupported(x) is None:
+            found[name] = forced(name), torch.contiguous_format
     found['native'] = forced('native'), torch.contiguous_format
     found['native, channels_last'] = forced('native'), torch.channels_last
-    if h <= 14:
+    if x.shape[2] <= 14:
         found['dense Toeplitz'] = toeplitz, torch.contiguous_format
     return found
+
+
+def allow_tf32(allowed):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def forced(name):
@@ -79,27 +94,38 @@ def floor(b, c, h, k, dtype):
     """Reading and writing once, or the products of a direct convolution without padding, whichever takes longer."""
     half = k // 2
     taps = sum(min(h - 1, i + half) - max(0, i - half) + 1 for i in range(h)) ** 2
-    traffic = (2 * b * c * h * h + c * k * k) * dtype.itemsize
+    traffic = (2 * b * c * h * h + c * k * k) * DTYPES[dtype][0].itemsize
     return max(traffic / BYTES_PER_MS, 2 * b * c * taps / FLOP_PER_MS[dtype])
 
 
 def ops(args):
-    for dtype in args.dtype:
+    wrong = []
+    for dtype_name in args.dtype:
+        dtype, tf32 = DTYPES[dtype_name]
         for batch in args.batch:
             for name, (c, h, k) in SHAPES.items():
                 x, cotangent = (torch.randn(batch, c, h, h, device=args.device, dtype=dtype) for _ in range(2))
                 weight = (torch.randn(c, 1, k, k, device=args.device) / k).to(dtype)
-                print(f'\n{name}: C {c}, H {h}, K {k}, batch {batch}, {str(dtype)[6:]}; '
-                      f'floor {floor(batch, c, h, k, dtype):.3f} ms')
+                print(f'\n{name}: C {c}, H {h}, K {k}, batch {batch}, {dtype_name}; '
+                      f'floor {floor(batch, c, h, k, dtype_name):.3f} ms')
+                allow_tf32(False)
                 exact = [run() for run in passes(forced('native'), x, weight, cotangent)]
-                for way, (convolve, layout) in ways(h).items():
+                allow_tf32(tf32)
+                for way, (convolve, layout) in ways(x).items():
                     inputs = x.contiguous(memory_format=layout), weight, cotangent.contiguous(memory_format=layout)
-                    runs = passes(convolve, *inputs)
-                    for what, run, expected in zip(PASSES, runs, exact):
-                        agree(f'{what} by {way}', run(), expected, TOLERANCE[dtype])
+                    try:
+                        runs = passes(convolve, *inputs)
+                        for what, run, expected in zip(PASSES, runs, exact):
+                            agree(f'{what} by {way}', run(), expected, TOLERANCE[dtype_name])
+                    except (SystemExit, RuntimeError) as error:
+                        wrong.append(way)
+                        print(f'  {way:22}{error}', flush=True)
+                        continue
                     times = [milliseconds(run) for run in runs]
                     print(f'  {way:22}' + ' | '.join(f'{w} {t:8.3f}' for w, t in zip(PASSES, times))
                           + f' | all {sum(times):8.3f}', flush=True)
+    if wrong:
+        print(f'\nwrong or failed: {", ".join(sorted(set(wrong)))}')
 
 
 def models(args):
@@ -137,13 +163,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('sections', nargs='*', default=[], help=f'of {", ".join(SECTIONS)}; all by default')
     parser.add_argument('--batch', type=int, nargs='+', default=[8, 64, 128])
-    parser.add_argument('--dtype', nargs='+', default=['bfloat16', 'float16', 'float32'])
+    parser.add_argument('--dtype', nargs='+', default=list(DTYPES), choices=list(DTYPES))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error('there is no GPU')
-    args.device, args.dtype = 'cuda', [getattr(torch, name) for name in args.dtype]
+    args.device = 'cuda'
+    BACKENDS.update(RACED)
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}, timm {timm.__version__}, '
-          f'Python {platform.python_version()}, tf32 {torch.backends.cuda.matmul.allow_tf32}')
+          f'Python {platform.python_version()}')
     for section in args.sections or SECTIONS:
         SECTIONS[section](args)
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from conftest import LAYOUTS, TOLERANCE, difference
 
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import use_backend
+from timm_smpconv.ops.backends import triton_tiles
+from timm_smpconv.ops.backends.triton import VARIANTS
 from timm_smpconv.ops.derivatives import conv_op, corr_op
 
 pytest.importorskip('triton', reason='Triton is not installed')
@@ -168,44 +171,61 @@ def test_not_on_the_cpu_without_the_interpreter(monkeypatch):
         depthwise_conv2d(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3))
 
 
-COMPILE = '''
-import torch
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from timm_smpconv.ops.backends import triton_programs as programs
+@pytest.mark.parametrize('name,cases', [
+    *((name, CASES[i::len(VARIANTS)]) for i, name in enumerate(VARIANTS)),
+    *(pytest.param(name, CASES, marks=pytest.mark.slow) for name in VARIANTS),
+    *(pytest.param(name, REAL, marks=pytest.mark.gpu) for name in VARIANTS)], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_variants(name, cases, dtype):
+    variant = VARIANTS[name]
+    for b, c, h, w, k, l in cases:
+        x, weight, bias, grad = tensors(b, c, h, w, k, l, dtype)
+        if ON_GPU and variant.unsupported(x):
+            continue
+        wide, taps = x.double().cpu(), weight.double().cpu().requires_grad_()
+        expected = F.conv2d(wide, taps, bias.double().cpu(), padding=(k // 2, l // 2), groups=c)
+        wanted, = torch.autograd.grad(expected, taps, grad.double().cpu())
+        assert difference(variant.conv(x, weight, bias).cpu(), expected) < TOLERANCE[dtype]
+        assert difference(variant.corr(grad, x, k, l).cpu(), wanted) < TOLERANCE[dtype]
 
-NUMBERS = ('B', 'C', 'H', 'W', 'K', 'L', 'groups')
-TYPES = {torch.bfloat16: 'bf16', torch.float32: 'fp32'}
 
-def compiled(program, options, **constants):
-    names = program.arg_names
-    signature = {n: 'constexpr' if n in constants else 'i32' if n in NUMBERS else
-                 '*fp32' if n == 'products' else '*' + pointer for n in names}
-    return compile(ASTSource(program, signature, constants), target=GPUTarget('cuda', capability, 32), options=options)
+@pytest.mark.parametrize('capability,room', [(75, 65536), (80, 166912), (89, 101376), (90, 232448), (120, 101376)])
+def test_tiles_fit(monkeypatch, capability, room):
+    monkeypatch.setattr(triton_tiles, 'limits', lambda x: (capability, room))
+    for width, dtype in itertools.product((1, 7, 16, 17, 56, 64, 65, 128), DTYPES):
+        x = torch.empty(1, 1, 1, width, dtype=dtype, device='meta')
+        p = next(p for p in (16, 32, 64, 128) if width <= p)
+        tiles = [(triton_tiles.conv_tile(x), triton_tiles.corr_tile(x))]
+        tiles += [triton_tiles.VARIANTS[name] for name in VARIANTS if triton_tiles.misfit(name, x) is None]
+        for conv, corr in tiles:
+            assert (conv.m + max(conv.n, p)) * p * x.element_size() * triton_tiles.buffers(conv, x) <= room
+            assert (max(corr.m, p) + p) * corr.step * x.element_size() * triton_tiles.buffers(corr, x) <= room
+            assert min(triton_tiles.buffers(conv, x), triton_tiles.buffers(corr, x)) >= 1
 
-PRODUCTS = {80: 'mma.sync', 90: 'wgmma', 100: 'tcgen05'}
-for dtype, capability in [(torch.bfloat16, 80), (torch.bfloat16, 90), (torch.bfloat16, 100), (torch.float32, 90)]:
-    pointer, product = TYPES[dtype], PRODUCTS[capability]
-    x = torch.empty(128, 1, 56, 56, dtype=dtype)
-    p, r, images, groups = programs._tile(x)
-    precision = 'tf32' if dtype == torch.float32 else 'ieee'
-    stages = dict(num_stages=programs._stages(x))
-    shared = [
-        compiled(programs._slabs_program, {}, R=r, P=p),
-        compiled(programs._conv_program, dict(stages, num_warps=8), HAS_BIAS=True, PRECISION=precision,
-                 IMAGES=images, GROUPS=groups, R=r, P=p),
-        compiled(programs._products_program, stages, PRECISION=precision, ROWS=64, P=p),
-        compiled(programs._diagonals_program, {}, P=p, TAPS=32)]
-    assert all(product in shared[i].asm['ptx'] for i in (1, 2)), (dtype, capability)
-    assert all(k.metadata.shared <= 166912 for k in shared), [k.metadata.shared for k in shared]  # of an A100
-'''
+
+def test_variants_that_do_not_fit_say_so(monkeypatch):
+    x = torch.empty(1, 1, 56, 56, device='meta')
+    monkeypatch.setattr(triton_tiles, 'limits', lambda x: (90, 232448))
+    assert all(variant.unsupported(x) is None for variant in VARIANTS.values())
+    monkeypatch.setattr(triton_tiles, 'limits', lambda x: (89, 101376))
+    # Two products of 128 × 64 and 128 × 64 numbers, four bytes each.
+    assert VARIANTS['triton-128x128'].unsupported(x) == (
+        'triton-128x128 needs 131072 bytes of shared memory, a program can have 101376')
+    assert VARIANTS['triton-64x64'].unsupported(x) is None
+    assert VARIANTS['triton-64x64'].unsupported(x.double()) == (
+        'triton computes float32, bfloat16 and float16, x is torch.float64')
 
 
 @pytest.mark.slow
-def test_compiles_to_tensor_cores_without_a_gpu(tmp_path):
+@pytest.mark.parametrize('capability,product', [(80, 'mma.sync'), (89, 'mma.sync'), (90, 'wgmma'), (100, 'tcgen05')])
+def test_compiles_to_tensor_cores_without_a_gpu(tmp_path, capability, product):
     environ = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    environ['TRITON_CACHE_DIR'] = str(tmp_path)
-    (tmp_path / 'compile.py').write_text(COMPILE)
-    result = subprocess.run([sys.executable, tmp_path / 'compile.py'], env=environ, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.triton_report', '--capability', str(capability), '--shape', 'A', 'D',
+         '--dtype', 'bfloat16', 'tf32', 'float32'],
+        env={**environ, 'TRITON_CACHE_DIR': str(tmp_path)}, cwd=Path(__file__).parent.parent,
+        capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr  # nothing spills, everything fits
+    lines = [line for line in result.stdout.splitlines() if line.startswith(('| conv |', '| products |'))]
+    assert {line.split('|')[1].strip() for line in lines} == {'conv', 'products'}
+    assert all((product in line) == ('float32' not in line) for line in lines), result.stdout

@@ -1,9 +1,19 @@
 """Triton programs for tensor cores, in `triton_programs`. Used only on request: no GPU has timed them yet."""
 import importlib.util
 import os
-from typing import Optional
+from typing import Callable, Dict, NamedTuple, Optional
 
 import torch
+
+from . import triton_tiles
+
+
+class Variant(NamedTuple):
+    """The programs with other tiles than the default ones. The fields are those of a `Backend`, which see."""
+    conv: Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
+    corr: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
+    unsupported: Callable[[torch.Tensor], Optional[str]]
+    rounds_weight: bool = True
 
 
 def unsupported(x: torch.Tensor) -> Optional[str]:
@@ -32,3 +42,20 @@ def corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
     """See `triton_programs.corr`."""
     from . import triton_programs
     return triton_programs.corr(grad, x, k, l)
+
+
+def _variant(name: str) -> Variant:
+    conv_tile, corr_tile = triton_tiles.VARIANTS[name]
+
+    def conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        from . import triton_programs
+        return triton_programs.conv(x, weight, bias, conv_tile)
+
+    def corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
+        from . import triton_programs
+        return triton_programs.corr(grad, x, k, l, corr_tile)
+
+    return Variant(conv, corr, lambda x: unsupported(x) or triton_tiles.misfit(name, x))
+
+
+VARIANTS: Dict[str, Variant] = {name: _variant(name) for name in triton_tiles.VARIANTS}
