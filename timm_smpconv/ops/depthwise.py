@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import private
 from .backends import BACKENDS, native
-from .choice import CONV_RULES, check_backend, choose, requested_backend
+from .choice import check_backend, choose, races, requested_backend
 from .derivatives import Conv, conv
 
 __all__ = ['depthwise_conv2d']
@@ -75,15 +75,20 @@ def depthwise_conv2d(
     if is_exporting():
         check_exportable(backend)
         return native.conv(x, weight, bias)
-    if backend == 'native' or (backend is None and device_type != 'cpu'):
+    raced = races(x, backend)
+    if backend == 'native' or (backend is None and device_type != 'cpu' and not raced):
         return native.conv(x, weight, bias)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     compiling = torch.compiler.is_compiling()
     if not compiling and (recorded or private.transforms_active()):
         return Conv.apply(x, weight, bias, backend)
-    # Compilers and dispatch modes see standard operators, except where the choice depends on values, which may be fake.
-    if recorded or ((compiling or private.dispatch_mode_active() or type(x) is not torch.Tensor) and (
-            backend or choose(CONV_RULES, x, weight.shape[2], weight.shape[3])) in ('fft', 'triton')):
+    # Compilers and dispatch modes see standard operators, except where the choice depends on values, which may be fake,
+    # and in compiled code where the format changes: inductor's code for that overwrites memory (torch 2.14, 4 × 96 × 56
+    # × 56, 31×31).
+    if not recorded and (compiling or private.dispatch_mode_active() or type(x) is not torch.Tensor):
+        name = backend or choose('output', x, weight.shape[2], weight.shape[3])
+        recorded = name in ('fft', 'triton') or (compiling and name != 'native')
+    if recorded or raced:
         return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, backend)
     return conv(x, weight, bias, backend)  # without the operator, which takes 0.15 ms
 

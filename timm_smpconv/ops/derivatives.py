@@ -15,21 +15,16 @@ Every derivative of every order is one of the two again. They exist in three for
 - The autograd functions `Conv` and `Corr` are for everything else that differentiates or transforms: eager training,
   double backward, forward mode, `torch.func`. torch.library's own derivatives do not reach `torch.func`.
 """
-from typing import Optional
+import math
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from . import private
-from .backends import native
-from .choice import (
-    conv_backend,
-    corr_backend,
-    margins,
-    memory_format,
-    uses_native_input_gradient,
-    working_dtype,
-)
+from .backends import fft
+from .choice import compute, margins, memory_format, races, select, working_dtype
 
 
 def conv(
@@ -42,14 +37,14 @@ def conv(
     layout, dtype = memory_format(x), x.dtype
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=layout)
-    dy, dx = margins(x, weight.shape[2], weight.shape[3])
-    if dy or dx:
-        weight = weight[:, :, dy:weight.shape[2] - dy, dx:weight.shape[3] - dx]
+    weight = _cropped(weight, x)
     if backend is None:
         working = working_dtype(x, weight.shape[3])
         x, weight, bias = x.to(working), weight.to(working), None if bias is None else bias.to(working)
-    y = conv_backend(x, weight, backend).conv(x, weight, bias)
-    return y.to(dtype).contiguous(memory_format=layout)
+    return compute(
+        'output', x, weight.shape[2:], backend,
+        lambda b: b.conv(x, weight, bias).to(dtype).contiguous(memory_format=layout),
+        lambda: fft.is_accurate(x, weight))
 
 
 def corr(
@@ -68,22 +63,64 @@ def corr(
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], 1, k, l, dtype=dtype)
     dy, dx = margins(x, k, l)
+    size = k - 2 * dy, l - 2 * dx
     if backend is None:
-        working = working_dtype(x, l - 2 * dx)
+        working = working_dtype(x, size[1])
         grad, x = grad.to(working), x.to(working)
-    dw = corr_backend(grad, x, k - 2 * dy, l - 2 * dx, backend).corr(grad, x, k - 2 * dy, l - 2 * dx)
-    return F.pad(dw, (dx, dx, dy, dy)).to(dtype).contiguous()
+    return compute(
+        'weight gradient', x, size, backend,
+        lambda b: F.pad(b.corr(grad, x, *size), (dx, dx, dy, dy)).to(dtype).contiguous(),
+        lambda: fft.is_in_range(grad, x), grad)
 
 
-def _input_gradient(
+def input_gradient(
         grad: torch.Tensor,
         x: torch.Tensor,
         weight: torch.Tensor,
         backend: Optional[str],
 ) -> torch.Tensor:
-    if backend is None and uses_native_input_gradient(grad, weight.shape[3]):
-        return native.input_gradient(grad, x, weight).contiguous(memory_format=memory_format(grad))
-    return conv(grad, weight.flip(2, 3), None, backend)
+    """The gradient of the output (B, C, H, W) → the gradient of x, in the dtype and memory format of the former."""
+    layout, dtype = memory_format(grad), grad.dtype
+    if grad.numel() == 0:
+        return torch.empty_like(grad, memory_format=layout)
+    weight = _cropped(weight, x)
+    if backend is None:
+        working = working_dtype(x, weight.shape[3])
+        grad, x, weight = grad.to(working), x.to(working), weight.to(working)
+    return compute(
+        'input gradient', grad, weight.shape[2:], backend,
+        lambda b: b.input_gradient(grad, x, weight).to(dtype).contiguous(memory_format=layout),
+        lambda: fft.is_accurate(grad, weight))
+
+
+def gradients(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        backend: Optional[str],
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """`input_gradient` and `corr`. Where both are computed by FFT, they share the transform of grad."""
+    k, l = weight.shape[2:]
+    dy, dx = margins(x, k, l)
+    cropped = _cropped(weight, x)
+    size = cropped.shape[2:]
+    if x.numel() and not races(x, backend):
+        working = x.dtype if backend else working_dtype(x, size[1])
+        g, i = grad.to(working), x.to(working)
+        by_fft = select('weight gradient', i, size, backend, lambda: fft.is_in_range(g, i)) == 'fft'
+        if by_fft and select(
+                'input gradient', g, size, backend, lambda: fft.is_accurate(g, cropped), is_transformed=True) == 'fft':
+            to_x, to_weight = fft.gradients(g, i, cropped.to(working))
+            return (
+                to_x.to(grad.dtype).contiguous(memory_format=memory_format(grad)),
+                F.pad(to_weight, (dx, dx, dy, dy)).to(weight.dtype).contiguous())
+    return input_gradient(grad, x, weight, backend), corr(grad, x, k, l, backend, weight.dtype)
+
+
+def _cropped(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The part of a kernel that meets more than padding."""
+    dy, dx = margins(x, weight.shape[2], weight.shape[3])
+    return weight[:, :, dy:weight.shape[2] - dy, dx:weight.shape[3] - dx] if dy or dx else weight
 
 
 @torch.library.custom_op('timm_smpconv::depthwise_conv2d', mutates_args=())
@@ -134,18 +171,19 @@ def _conv_context(ctx, inputs, output) -> None:
 def _conv_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    observed, dx = is_observed(grad), None
-    if needs_x and observed:
-        dx = Conv.apply(grad, weight.flip(2, 3), None, ctx.backend)
+    k, l = weight.shape[2:]
+    dx: Optional[torch.Tensor] = None
+    dw: Optional[torch.Tensor] = None
+    if is_observed(grad):
+        dx = Conv.apply(grad, weight.flip(2, 3), None, ctx.backend) if needs_x else None
+        dw = Corr.apply(grad, x, k, l, ctx.backend, weight.dtype) if needs_weight else None
+    elif needs_x and needs_weight:
+        dx, dw = gradients(grad, x, weight, ctx.backend)
     elif needs_x:
-        dx = _input_gradient(grad, x, weight, ctx.backend)
-    correlate = Corr.apply if observed else corr
-    return (
-        dx,
-        correlate(grad, x, weight.shape[2], weight.shape[3], ctx.backend, weight.dtype) if needs_weight else None,
-        grad.sum((0, 2, 3)) if needs_bias else None,
-        None,
-    )
+        dx = input_gradient(grad, x, weight, ctx.backend)
+    elif needs_weight:
+        dw = corr(grad, x, k, l, ctx.backend, weight.dtype)
+    return dx, dw, grad.sum((0, 2, 3)) if needs_bias else None, None
 
 
 def _corr_context(ctx, inputs, output) -> None:
@@ -232,3 +270,15 @@ class Corr(torch.autograd.Function):
 
 conv_op.register_autograd(_conv_backward, setup_context=_conv_context)
 corr_op.register_autograd(_corr_backward, setup_context=_corr_context)
+
+
+@register_flop_formula(torch.ops.timm_smpconv.depthwise_conv2d)
+def _conv_flops(x_shape, weight_shape, *_, **__) -> int:
+    """Of the direct convolution, as PyTorch counts `F.conv2d`, whatever computes it."""
+    return 2 * math.prod(x_shape) * weight_shape[2] * weight_shape[3]
+
+
+@register_flop_formula(torch.ops.timm_smpconv.depthwise_corr2d)
+def _corr_flops(grad_shape, x_shape, k, l, *_, **__) -> int:
+    """Of the direct weight gradient."""
+    return 2 * math.prod(x_shape) * k * l

@@ -22,8 +22,9 @@ __all__ = ['ACTIVATIONS', 'PackedWeight', 'conv2d_in_steps', 'fused_conv2d']
 
 ACTIVATIONS = ('none', 'relu', 'gelu')
 
-# One pass was measured with AVX-512 alone; elsewhere oneDNN may compute an activation by its reference program.
-ENABLED = torch.backends.cpu.get_cpu_capability() == 'AVX512'
+# With AVX2 too oneDNN has programs of its own for all that is fused here (`ONEDNN_VERBOSE=1` names them: brgconv_1x1,
+# brg_conv_fwd, brgdmm_dw); elsewhere it may compute an activation by its reference program.
+ENABLED = torch.backends.cpu.get_cpu_capability() in ('AVX512', 'AVX2')
 _DTYPES = choice.ONEDNN_DTYPES & {torch.float32, torch.bfloat16}
 _convolve: Any = private.pointwise_convolution()
 
@@ -209,7 +210,7 @@ def _fuses(
     _, dx = choice.margins(x, k, l)
     if choice.working_dtype(x, l - 2 * dx) != x.dtype:
         return False
-    return choice.choose(choice.CONV_RULES, x, k, l) in ('native', 'channels_last')
+    return choice.choose('output', x, k, l) in ('native', 'channels_last')
 
 
 def _gelu(y: torch.Tensor) -> torch.Tensor:

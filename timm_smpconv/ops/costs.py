@@ -1,0 +1,216 @@
+"""What a convolution is expected to cost on this CPU: counts of operations times measured rates.
+
+Shapes: B batch, C channels, H and W height and width, K and L height and width of the kernel, after cropping.
+
+The counts and the fixed factors were fitted to 1,872 cases (`python -m benchmarks.cpu choice`) on 2 cores with AVX-512
+and with AVX2, on one thread and on two. The rates are the machine's own.
+"""
+import logging
+import math
+import threading
+import time
+from typing import Callable, Dict, List, NamedTuple, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from . import private
+from .backends import fft, native
+
+__all__ = ['WIDEST', 'Case', 'Rates', 'expected', 'rates']
+
+_logger = logging.getLogger(__name__)
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+# The widest kernel of oneDNN's own depthwise program; wider ones are fast in channels_last alone. C 192, 28×28, batch
+# 4, contiguous: with AVX-512 13×13 takes 6.1 ms and 15×15 61, with AVX2 9×9 0.9 and 11×11 25, without 7×7 4.3, 9×9 21.
+WIDEST = {'AVX512': 13, 'AVX2': 9}.get(_CAPABILITY, 7)
+_LANES = {'AVX512': 16, 'AVX2': 8}.get(_CAPABILITY, 4)
+# oneDNN's direct gradient of the input in channels_last, in times of the output's.
+_DIRECT_GRADIENT = {'AVX512': 1.7}.get(_CAPABILITY, 0.9)
+
+
+class Rates(NamedTuple):
+    """Nanoseconds of one unit of work in float32, with a number of threads."""
+    wide: float  # a multiplication of a wide depthwise kernel in channels_last
+    narrow: float  # of a 5×5 kernel in channels_last
+    corr: float  # of a 5×5 kernel's gradient in channels_last
+    transform: float  # an FFT of N samples has N log2 N units
+    copy: float  # an entry converted to the other memory format
+    dense: float  # a multiplication of a convolution over channels
+
+
+# One thread, for `torch.use_deterministic_algorithms`: the choice is then the same in every process.
+FIXED = {
+    'AVX512': Rates(wide=0.028, narrow=0.024, corr=0.31, transform=0.19, copy=0.54, dense=0.015),
+}.get(_CAPABILITY, Rates(wide=0.062, narrow=0.032, corr=0.25, transform=0.19, copy=0.61, dense=0.028))
+
+_measured: Dict[int, Rates] = {}
+_lock = threading.Lock()
+
+
+class Case(NamedTuple):
+    """One pass of a depthwise convolution on the CPU."""
+    what: str  # 'output', 'input gradient' or 'weight gradient'
+    onednn: bool  # whether oneDNN computes it
+    channels_last: bool  # the format of x
+    itemsize: int  # bytes of an entry
+    b: int
+    c: int
+    h: int
+    w: int
+    k: int
+    l: int
+
+
+@torch.compiler.assume_constant_result
+def rates() -> Rates:
+    """The rates of this CPU for the number of threads in use, measured at the first call, in 30 to 60 ms.
+
+    `FIXED` where deterministic algorithms are asked for, and on a machine too busy to measure.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return FIXED
+    threads = torch.get_num_threads()
+    with _lock:
+        if threads not in _measured:
+            start = time.perf_counter()
+            found: List[Rates] = []
+            # A thread of its own has no autocast, no dispatch mode, no transform and no recorded graph.
+            worker = threading.Thread(target=lambda: found.append(_measure(threads)))
+            worker.start()
+            worker.join()
+            _measured[threads] = found[0] if found and _is_plausible(found[0]) else FIXED
+            _logger.debug(
+                'measured in %.0f ms for %d threads: %s, used: %s', 1e3 * (time.perf_counter() - start), threads, found,
+                _measured[threads])
+        return _measured[threads]
+
+
+def _is_plausible(found: Rates) -> bool:
+    """Whether work of one kind takes about as many times that of another as usual: not on a busy machine."""
+    times = [measured / fixed for measured, fixed in zip(found, FIXED)]
+    return max(times) < 6 * min(times) and max(times) < 10
+
+
+def _measure(threads: int) -> Rates:
+    torch.set_num_threads(threads)
+    wide = Case('output', True, True, 4, 1, 64, 28, 28, 29, 29)
+    narrow = wide._replace(b=4, k=5, l=5)
+    corr = narrow._replace(b=2, what='weight gradient')
+    with torch.inference_mode():
+        def image(case: Case) -> torch.Tensor:
+            return torch.ones(case.b, case.c, case.h, case.w, dtype=torch.float32, device='cpu').contiguous(
+                memory_format=torch.channels_last)
+
+        def kernel(case: Case) -> torch.Tensor:
+            return torch.ones(case.c, 1, case.k, case.l, dtype=torch.float32, device='cpu')
+
+        large, some, few = image(wide), image(narrow), image(corr)
+        planes, dense = large.contiguous(), torch.ones(32, 32, 7, 7, dtype=torch.float32, device='cpu')
+        wide_kernel, narrow_kernel = kernel(wide), kernel(narrow)
+        square = torch.ones(1, 32, 28, 28, dtype=torch.float32, device='cpu')
+        runs: List[Callable[[], object]] = [
+            lambda: native.conv(large, wide_kernel),
+            lambda: native.conv(some, narrow_kernel),
+            lambda: native.corr(few, few, 5, 5),
+            lambda: fft.conv(planes, wide_kernel),
+            some.contiguous,
+            lambda: F.conv2d(square, dense, padding=3),
+        ]
+        best = [math.inf] * len(runs)
+        for _ in range(6):  # the first is a warm-up; the rest take turns, and the fastest counts
+            for i, run in enumerate(runs):
+                start = time.perf_counter()
+                run()
+                best[i] = min(best[i], 1e9 * (time.perf_counter() - start))
+    # The inverse of what `expected` says of these cases.
+    return Rates(
+        wide=max(best[0] - _CALL, best[0] / 2) / _multiplications(wide),
+        narrow=max(best[1] - _CALL, best[1] / 2) / _multiplications(narrow),
+        corr=max(best[2] - _CORR_CALL, best[2] / 2) / _products(corr),
+        transform=max(best[3] - _FFT_CALL, best[3] / 2) / (_units(wide) * (2 * wide.b + 1.2) * wide.c),
+        copy=best[4] / some.numel(),
+        dense=best[5] / (square.numel() * dense[:, 0].numel()),
+    )
+
+
+# Of a call, nanoseconds.
+_CALL, _CORR_CALL, _FFT_CALL = 7e4, 1.2e5, 1.3e5
+
+
+def _multiplications(case: Case) -> float:
+    """Taps of all outputs that meet no padding, and a few for what a tap-free output costs."""
+    m, n = case.k // 2, case.l // 2
+    taps = (case.k - m * (m + 1) / case.h) * (case.l - n * (n + 1) / case.w) + 5.5
+    return case.b * -(-case.c // _LANES) * _LANES * case.h * case.w * taps
+
+
+def _products(case: Case) -> float:
+    """Products that a direct weight gradient sums, those with padding among them."""
+    return case.b * -(-case.c // _LANES) * _LANES * case.h * case.w * case.k * case.l
+
+
+def _units(case: Case) -> float:
+    """N log2 N of one plane's transform."""
+    n = fft.fast_length(case.h + case.k // 2) * fft.fast_length(case.w + case.l // 2)
+    return n * math.log2(n) + 1050
+
+
+def expected(case: Case, is_transformed: bool = False) -> Dict[str, float]:
+    """Nanoseconds of one pass by each backend.
+
+    Args:
+        case: The pass.
+        is_transformed: Whether the transform of x is there already.
+    """
+    r = rates()
+    entries = case.b * case.c * case.h * case.w
+    swap = 2 * r.copy * entries  # to the other memory format and back
+    if case.what == 'weight gradient':
+        direct = {format: _direct_corr(case, r, format) for format in (False, True)}
+        swap *= 2  # there are two maps
+        call, planes = 2.2 * _FFT_CALL, 1.25 * (2 * case.b + 1) * case.c
+    else:
+        direct = {format: _direct(case, r, format) for format in (False, True)}
+        call, planes = _FFT_CALL, (2 * case.b + 1.2) * case.c
+    if is_transformed:
+        planes -= case.b * case.c
+    flip = 1.1 * case.c * case.k * case.l if case.what == 'input gradient' else 0.
+    own = case.channels_last
+    transformed = call + r.transform * _units(case) * planes + (2 * r.copy * entries if own or case.itemsize < 4 else 0)
+    times = {
+        'native': direct[own],
+        'contiguous': direct[False] + (swap if own else 0) + flip,
+        'channels_last': direct[True] + (0 if own else swap) + flip,
+        'fft': transformed + flip,
+    }
+    if case.what == 'input gradient':  # by a program of its own
+        times['native'] = _CALL + r.narrow * _multiplications(case) * (
+            2.4 if case.l > WIDEST else _DIRECT_GRADIENT if own else 1.7)
+        times['native'] = times['native'] if case.onednn else direct[own]
+    return times
+
+
+def _direct(case: Case, r: Rates, channels_last: bool) -> float:
+    """A direct convolution."""
+    if not case.onednn:  # a loop that prefers contiguous
+        rate = 5. if not channels_last else 10.
+    elif channels_last and case.l <= min(11, WIDEST):
+        rate = r.narrow
+    elif channels_last:
+        rate = r.wide if case.l > WIDEST else 2.9 * r.wide
+    else:
+        rate = (1.2 if case.l <= WIDEST else 26) * r.narrow
+    return _CALL + rate * (0.6 if case.itemsize < 4 else 1) * _multiplications(case)
+
+
+def _direct_corr(case: Case, r: Rates, channels_last: bool) -> float:
+    """A direct weight gradient."""
+    rate = r.corr
+    if not case.onednn:
+        rate = 5. if not channels_last else 10.
+    elif not channels_last:
+        rate *= 2.3
+    elif case.k // 2 > case.h / 3 or case.l // 2 > case.w / 3:  # oneDNN's own program excludes such margins
+        rate *= 5
+    return _CORR_CALL + rate * _products(case)
