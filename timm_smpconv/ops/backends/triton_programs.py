@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_tiles import ConvTile, CorrTile, columns, conv_tile, corr_tile, precision, stages
+from .triton_tiles import MOST_ROWS, ConvTile, CorrTile, columns, conv_tile, corr_tile, precision, stages, warps
 
 __all__ = ['conv', 'corr']
 
@@ -149,7 +149,7 @@ def conv(
             x, slabs, bias, y, b, c, h, w, k, groups,
             ALIGNED=_aligned(w), HAS_BIAS=bias is not None, PRECISION=_input_precision(x),
             IMAGES=images, GROUPS=group_tile, R=r, P=p,
-            num_warps=max(4, min(tile.warps, images * group_tile * r * p // 1024)), num_stages=stages(tile, x))
+            num_warps=max(4, min(warps(tile, x), images * group_tile * r * p // 512)), num_stages=stages(tile, x))
     return y
 
 
@@ -165,7 +165,7 @@ def corr(
     grad, x = grad.contiguous(), x.contiguous()
     tile = tile or corr_tile(x)
     p = columns(w)
-    t = max(1, min(tile.m // p, triton.next_power_of_2(k)))
+    t = max(1, min(tile.m // p, MOST_ROWS, triton.next_power_of_2(k)))
     programs = triton.cdiv(k, t)
     products = x.new_empty(c, programs * t, p, p, dtype=torch.float32)
     dw = x.new_empty(c, 1, k, l, dtype=torch.float32)
@@ -173,7 +173,7 @@ def corr(
         _products_program[programs, c](
             grad, x, products, b, c, h, w, k,
             ALIGNED=_aligned(w), PRECISION=_input_precision(x), ROWS=tile.step, T=t, P=p,
-            num_warps=tile.warps if p < 128 else 8, num_stages=stages(tile, x))
+            num_warps=warps(tile, x) if p < 128 else 8, num_stages=stages(tile, x))
         _diagonals_program[k, c](products, dw, programs * t, k, l, w, P=p, TAPS=triton.next_power_of_2(l))
     return dw
 

@@ -7,6 +7,7 @@ from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
 
+MOST_ROWS = 4  # of the kernel at a time: with 8, of 16 columns each, addresses spill
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -16,7 +17,7 @@ class ConvTile(NamedTuple):
     Attributes:
         m: Images, or images times groups of rows where images are few.
         n: Rows times P columns.
-        warps: At most so many; small maps and batches take fewer.
+        warps: At most so many, small maps and batches take fewer; see `warps`.
     """
     m: int
     n: int
@@ -31,7 +32,7 @@ class CorrTile(NamedTuple):
     """Of a weight gradient: m × P products of rows, from `step` rows of both tensors at a time.
 
     Attributes:
-        m: Rows of the kernel times P.
+        m: Rows of the kernel, at most 4, times P.
         step: Rows of images.
         warps: As above.
     """
@@ -41,24 +42,21 @@ class CorrTile(NamedTuple):
 
     def numbers(self, p: int) -> int:
         """In shared memory, for one product."""
-        return (max(self.m, p) + p) * self.step
+        return (min(max(self.m, p), MOST_ROWS * p) + p) * self.step
 
 
-# The first that fits is taken. In half precision the accumulator of 128 × 256 fills the registers of 8 warps; without
-# tensor cores ('float32') operands take registers too.
+# The first that fits is taken. In half precision the accumulator of 128 × 256 fills the registers of 8 warps.
 _CONV_TILES = {
-    'half': (ConvTile(128, 256, 8), ConvTile(128, 128, 8), ConvTile(64, 128, 4), ConvTile(64, 64, 4)),
-    'tf32': (ConvTile(64, 128, 4), ConvTile(64, 64, 4), ConvTile(32, 64, 4), ConvTile(16, 16, 4)),
-    'float32': (ConvTile(64, 128, 8), ConvTile(64, 64, 4), ConvTile(32, 64, 4), ConvTile(16, 16, 4))}
+    True: (ConvTile(128, 256, 8), ConvTile(128, 128, 8), ConvTile(64, 128, 4), ConvTile(64, 64, 4)),
+    False: (ConvTile(64, 128, 4), ConvTile(64, 64, 4), ConvTile(32, 64, 4), ConvTile(16, 16, 4))}
 _CORR_TILES = {
-    'half': (CorrTile(128, 64, 8), CorrTile(64, 64, 8), CorrTile(64, 32, 4)),
-    'tf32': (CorrTile(64, 64, 4), CorrTile(64, 32, 4), CorrTile(16, 16, 4)),
-    'float32': (CorrTile(64, 64, 8), CorrTile(64, 32, 4), CorrTile(16, 16, 4))}
+    True: (CorrTile(128, 64, 8), CorrTile(64, 64, 8), CorrTile(64, 32, 4)),
+    False: (CorrTile(64, 64, 4), CorrTile(64, 32, 4), CorrTile(16, 16, 4))}
 
 VARIANTS: Dict[str, Tuple[ConvTile, CorrTile]] = {  # to race with the ones above
     'triton-128x128': (ConvTile(128, 128, 8), CorrTile(64, 64, 8)),
     'triton-64x256': (ConvTile(64, 256, 8), CorrTile(128, 32, 8)),
-    'triton-64x128': (ConvTile(64, 128, 4), CorrTile(64, 128, 8)),
+    'triton-64x128': (ConvTile(64, 128, 4), CorrTile(64, 64, 8)),
     'triton-64x64': (ConvTile(64, 64, 4), CorrTile(64, 32, 4)),
 }
 
@@ -72,7 +70,8 @@ def precision(x: torch.Tensor) -> str:
     """'half', 'tf32' where PyTorch allows that in matrix products of float32, else 'float32'."""
     if x.dtype in _HALF:
         return 'half'
-    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'float32'
+    # Of all ways to ask, only this one never raises.
+    return 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'float32'
 
 
 def limits(x: torch.Tensor) -> Tuple[int, int]:
@@ -86,17 +85,17 @@ def limits(x: torch.Tensor) -> Tuple[int, int]:
 
 def conv_tile(x: torch.Tensor) -> ConvTile:
     """The tile of `triton_programs.conv` by default."""
-    return _first(_CONV_TILES[precision(x)], x)
+    return _first(_CONV_TILES[x.dtype in _HALF], x)
 
 
 def corr_tile(x: torch.Tensor) -> CorrTile:
     """The tile of `triton_programs.corr` by default."""
-    return _first(_CORR_TILES[precision(x)], x)
+    return _first(_CORR_TILES[x.dtype in _HALF], x)
 
 
 def _first(tiles, x: torch.Tensor):
     # Addresses take registers too: more where rows are short, as they are read and written by the few columns.
-    narrow = precision(x) == 'half' and columns(x.shape[3]) < 32
+    narrow = x.dtype in _HALF and columns(x.shape[3]) < 32
     return next((tile for tile in tiles[narrow:] if buffers(tile, x) > 1), tiles[-1])
 
 
@@ -112,8 +111,15 @@ def stages(tile, x: torch.Tensor) -> int:
     return max(1, buffers(tile, x)) + (not reads_shared)
 
 
+def warps(tile, x: torch.Tensor) -> int:
+    """Without tensor cores, in 'float32', operands take registers too."""
+    return 8 if precision(x) == 'float32' else tile.warps
+
+
 def misfit(name: str, x: torch.Tensor) -> Optional[str]:
-    """Why a variant cannot run for this x, or why it would be what runs by default."""
+    """Why a variant is not raced for this x: nothing to gain, or it does not fit."""
+    if precision(x) == 'float32':
+        return f'{name} is for tensor cores, which compute float32 in tf32 only'  # it would spill, too
     if VARIANTS[name] == (conv_tile(x), corr_tile(x)):
         return f'{name} is what triton takes for this x'
     short = [tile for tile in VARIANTS[name] if buffers(tile, x) < 2]
