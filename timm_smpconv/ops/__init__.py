@@ -8,4 +8,5 @@ from .fused import (
     PackedWeight as PackedWeight,
     conv2d_in_steps as conv2d_in_steps,
     fused_conv2d as fused_conv2d,
+    measure as measure,
 )

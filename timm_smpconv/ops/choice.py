@@ -97,8 +97,9 @@ def case_of(what: str, x: torch.Tensor, k: int, l: int) -> costs.Case:
     dy, dx = margins(x, k, l)
     k, l = k - 2 * dy, l - 2 * dx
     dtype = working_dtype(x, l)
-    onednn = dtype in ONEDNN_DTYPES and torch.backends.mkldnn.enabled
-    return costs.Case(what, onednn, memory_format(x) == torch.channels_last, dtype.itemsize, *x.shape, k, l)
+    onednn = dtype in ONEDNN_DTYPES and bool(torch.backends.mkldnn.enabled)
+    b, c, h, w = x.shape
+    return costs.Case(what, onednn, memory_format(x) == torch.channels_last, dtype.itemsize, b, c, h, w, k, l)
 
 
 def select(
@@ -124,9 +125,10 @@ def select(
     """
     if requested is None and x.device.type != 'cpu':
         return 'native'
-    name = requested or choose(what, x, *size, is_transformed=is_transformed)
+    k, l = size
+    name = requested or choose(what, x, k, l, is_transformed=is_transformed)
     if name == 'fft' and not requested and not trusts_transform():
-        name = choose(what, x, *size, transform=False)
+        name = choose(what, x, k, l, transform=False)
     reason = BACKENDS[name].unsupported(x)
     if reason is None:
         return name
@@ -148,22 +150,27 @@ def compute(
     """One pass by the backend that `select` names or, where they race, by the one that won.
 
     Args:
-        what: See `select`, also for the other arguments.
+        what: See `select`.
+        x: See `select`.
+        size: See `select`.
+        requested: See `select`.
         run: Computes the pass by a backend, in the format and dtype of the result.
+        trusts_transform: See `select`.
         grad: The gradient of the output, for a weight gradient.
     """
     if not races(x, requested):
         return run(BACKENDS[select(what, x, size, requested, trusts_transform)])
     runnable = {name: backend for name, backend in RACED.items() if backend.unsupported(x) is None}
     return race.compute(
-        race.make_key(what, x, *size, grad), {name: partial(run, backend) for name, backend in runnable.items()},
+        race.make_key(what, x, size[0], size[1], grad), {name: partial(run, backend) for name, backend in runnable.items()},
         _tolerance(x.dtype))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
     """The largest difference of two backends, relative to the largest value."""
     if dtype == torch.float32 and 'tf32' in (
-            torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision):
+            torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+            torch.backends.cuda.matmul.fp32_precision):
         return 5e-3
     return {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3}.get(dtype, 3e-2)
 

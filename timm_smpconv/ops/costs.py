@@ -9,12 +9,11 @@ import logging
 import math
 import threading
 import time
-from typing import Callable, Dict, List, NamedTuple, Tuple
+from typing import Callable, Dict, List, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from . import private
 from .backends import fft, native
 
 __all__ = ['WIDEST', 'Case', 'Rates', 'expected', 'rates']

@@ -2,7 +2,9 @@
 
 Shapes: B batch, I and O channels in and out, L length (1-D), H and W height and width, K (and L in 2-D) kernel size.
 """
-from typing import Any, Dict, List, Optional, Sequence
+import math
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +27,30 @@ class PackedKernel:
 
     def __init__(self):
         self._kept = None
+        self._fastest: Dict[Any, str] = {}
+        self.is_measuring = False  # at the next call
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {'_kept': None}
+        return {'_kept': None, '_fastest': {}, 'is_measuring': False}
+
+    def fastest(self, x: torch.Tensor) -> Optional[str]:
+        """The backend that was the fastest for such an input, None if it was not measured."""
+        return self._fastest.get(_kind(x))
+
+    def measure(self, run: Callable[[], torch.Tensor], x: torch.Tensor) -> None:
+        """Time `run`, which convolves x, by FFT and directly; the faster one computes such inputs from now on."""
+        self.is_measuring = False
+        times: Dict[str, float] = {}
+        for turn in range(4):  # the first is a warm-up
+            for backend in ('fft', 'native'):
+                if turn > 1 and times[backend] > 3 * min(times.values()):
+                    continue
+                self._fastest[_kind(x)] = backend
+                start = time.perf_counter()
+                run()
+                if turn:
+                    times[backend] = min(times.get(backend, math.inf), time.perf_counter() - start)
+        self._fastest[_kind(x)] = min(times, key=times.__getitem__)
 
     def of(self, weight: torch.Tensor, size: Sequence[int], before: Sequence[int]) -> Optional[spectra.Kernel]:
         """The transform, made again if the weight or the size of the input changed; None if it cannot be kept."""
@@ -40,6 +63,11 @@ class PackedKernel:
             # Holding the weight, too, keeps its address from being reused.
             kept = self._kept = made_for, spectra.transform(weight, size, before), weight.detach()
         return kept[1]
+
+
+def _kind(x: torch.Tensor) -> Any:
+    """What the fastest backend depends on."""
+    return x.shape, x.dtype, torch.get_num_threads()
 
 
 def causal_conv1d(
@@ -164,7 +192,13 @@ def _convolve(
     compiling = torch.compiler.is_compiling()
     keeps = packed is not None and groups == 1 and not recorded and not compiling and _is_keepable(weight)
     if backend is None:
-        transforms = fft.unsupported(x) is None and prefers_transform(x, weight, before, groups, keeps)
+        fastest = None
+        if packed is not None and keeps:
+            if packed.is_measuring and x.device.type == 'cpu' and _fits(x, weight):
+                packed.measure(lambda: _convolve(x, weight, bias, groups, None, packed, causal), x)
+            fastest = packed.fastest(x)
+        transforms = fft.unsupported(x) is None and (
+            prefers_transform(x, weight, before, groups, keeps) if fastest is None else fastest == 'fft')
         backend = 'fft' if transforms else 'native'
         values_known = x.device.type == 'cpu' and type(x) is torch.Tensor and not (
             compiling or private.transforms_active() or private.dispatch_mode_active())

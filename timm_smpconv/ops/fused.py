@@ -2,13 +2,16 @@
 
 `torch.compile` does the same with frozen weights, after half a minute and with a C++ compiler. This needs neither.
 
-Before every convolution oneDNN copies the weight into a format of its own. That is a fifth of the time at batch 1 in
-float32, unless a copy is kept. `smpconv_tiny`, merged, channels_last, batch 1, on 2 cores with AVX-512 and torch 2.14:
-86 ms in float32 and 55 in bfloat16 operator by operator, 82 and 50 in one pass, 64 and 40 with kept copies.
+There are several ways to compute one, see `WAYS`. 1×1 convolutions are matrix products: all those of `smpconv_tiny`,
+channels_last, batch 1, take 54 ms as oneDNN's convolutions and 46 as its matrix products, and 43 with kept copies of
+the weights in a format of its own, which it otherwise makes before every product (2 cores, AVX-512, torch 2.14).
 
 Shapes: B batch, C and O channels in and out, H and W height and width, K and L height and width of the kernel.
 """
-from typing import Any, Dict, List, Optional, Tuple
+import logging
+import math
+import time
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.fx
@@ -16,50 +19,81 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import choice, private
+from .backends import fft
 from .depthwise import check_exportable, depthwise_conv2d
 
-__all__ = ['ACTIVATIONS', 'PackedWeight', 'conv2d_in_steps', 'fused_conv2d']
+__all__ = ['ACTIVATIONS', 'WAYS', 'PackedWeight', 'conv2d_in_steps', 'fused_conv2d', 'measure']
+
+_logger = logging.getLogger(__name__)
 
 ACTIVATIONS = ('none', 'relu', 'gelu')
+# oneDNN's matrix product and its convolution, with the activation; otherwise step by step: `F.conv2d`, or a large
+# depthwise convolution by one of its backends.
+WAYS = ('matrix product', 'one pass', 'native', 'contiguous', 'channels_last', 'fft')
 
 # With AVX2 too oneDNN has programs of its own for all that is fused here (`ONEDNN_VERBOSE=1` names them: brgconv_1x1,
 # brg_conv_fwd, brgdmm_dw); elsewhere it may compute an activation by its reference program.
 ENABLED = torch.backends.cpu.get_cpu_capability() in ('AVX512', 'AVX2')
 _DTYPES = choice.ONEDNN_DTYPES & {torch.float32, torch.bfloat16}
 _convolve: Any = private.pointwise_convolution()
+_multiply: Any = private.pointwise_linear()
+_ROUNDS = 5  # of `measure`, after a warm-up
+
+
+class _Geometry(NamedTuple):
+    """The arguments of `F.conv2d`."""
+    stride: Tuple[int, int]
+    padding: Tuple[int, int]
+    dilation: Tuple[int, int]
+    groups: int
 
 
 class PackedWeight:
-    """The copy of a weight in oneDNN's own format, for the last size of input; copied and pickled without it."""
+    """What is derived from a weight: a copy in oneDNN's own format or a transform, for the last size of input.
+
+    And for inputs that were measured, the fastest way. Copied and pickled without any of it.
+    """
 
     def __init__(self):
         self._kept = None
+        self._fastest: Dict[Tuple, str] = {}
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {'_kept': None}
+        return {'_kept': None, '_fastest': {}}
+
+    def fastest(self, x: torch.Tensor) -> Optional[str]:
+        """The way that was the fastest for such an input, None if it was not measured."""
+        return self._fastest.get(_kind(x))
+
+    def remember(self, x: torch.Tensor, way: str) -> None:
+        """Compute such inputs this way from now on."""
+        self._fastest[_kind(x)] = way
 
     def of(
             self,
             weight: torch.Tensor,
             x: torch.Tensor,
-            stride: Tuple[int, int],
-            padding: Tuple[int, int],
-            dilation: Tuple[int, int],
-            groups: int,
-    ) -> torch.Tensor:
-        """The cached copy, rebuilt if the weight or the size of x changed; the weight itself if it cannot be cached."""
+            way: str,
+            derive: Callable[[], Optional[torch.Tensor]],
+    ) -> Optional[torch.Tensor]:
+        """What `derive` returns, called again if the weight or the size of x changed; None if it cannot be kept."""
         # Such weights can change without a new version: fused optimizers count none.
         if weight.is_inference() or weight.requires_grad:
-            return weight
-        made_for = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, x.shape)
+            return None
+        made_for = (way, weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, x.shape)
         kept = self._kept  # read once: threads may share it
         if kept is None or kept[0] != made_for:
-            packed = private.reordered_weight(weight, padding, stride, dilation, groups, x.shape)
-            if packed is None:
-                return weight
+            derived = derive()
+            if derived is None:
+                return None
             # Holding the weight, too, keeps its address from being reused.
-            kept = self._kept = made_for, packed, weight.detach()
+            kept = self._kept = made_for, derived, weight.detach()
         return kept[1]
+
+
+def _kind(x: torch.Tensor) -> Tuple:
+    """What the fastest way depends on."""
+    return x.shape, x.dtype, choice.memory_format(x), torch.get_num_threads()
 
 
 def fused_conv2d(
@@ -76,8 +110,8 @@ def fused_conv2d(
 ) -> torch.Tensor:
     """`activation(F.conv2d(x, weight, bias, stride, padding, dilation, groups)) + residual`.
 
-    Computed in one pass on CPUs with AVX-512, in float32 and bfloat16, for channels_last inputs, where nothing is
-    recorded, compiled or exported. Otherwise step by step.
+    Computed in one pass on CPUs with AVX2 or AVX-512, in float32 and bfloat16, for channels_last inputs, where nothing
+    is recorded, compiled or exported. Otherwise step by step.
 
     Args:
         x: (B, C, H, W).
@@ -89,7 +123,7 @@ def fused_conv2d(
         groups: Of `F.conv2d`.
         activation: One of `ACTIVATIONS`; 'gelu' is the exact one, with the error function.
         residual: (B, O, H', W'), the shape of the result. It is not changed.
-        packed: Keeps the weight in oneDNN's format from one call to the next, if it does not require gradients.
+        packed: Keeps what is derived from the weight from one call to the next, if it does not require gradients.
 
     Returns:
         (B, O, H', W'). GELU in one pass turns infinity into NaN; everything else is the same in both ways.
@@ -108,22 +142,62 @@ def fused_conv2d(
             fused_conv2d, inputs, x, weight, bias, stride, padding, dilation, groups, activation, residual, packed)
     if torch.jit.is_tracing() and groups > 1:
         check_exportable(choice.requested_backend())
-    if not _fuses(inputs, x, weight, stride, padding, dilation, groups, residual):
+    geometry = _Geometry(stride, padding, dilation, groups)
+    if not _is_free(inputs, x):
         return conv2d_in_steps(x, weight, bias, stride, padding, dilation, groups, activation, residual)
-    if _is_same_depthwise(weight, stride, padding, dilation, groups):
-        dy, dx = choice.margins(x, weight.shape[2], weight.shape[3])
-        weight = weight[:, :, dy:weight.shape[2] - dy, dx:weight.shape[3] - dx]
-        padding = (padding[0] - dy, padding[1] - dx)
-    if packed is not None:
-        weight = packed.of(weight, x, stride, padding, dilation, groups)
-    if residual is not None and activation == 'none':
-        return _convolve.binary(
-            x, residual, weight, bias, padding, stride, dilation, groups, 'add', 1.0, None, [], None)
-    y = _convolve(
-        x, weight, bias, padding, stride, dilation, groups, 'gelu' if activation == 'gelu' else 'none', [], 'none')
-    if activation == 'relu':
-        y.relu_()  # oneDNN's turns NaN into 0
-    return y if residual is None else y.add_(residual)
+    way = None if packed is None else packed.fastest(x)
+    if way is None:
+        way = _expected_fastest(x, weight, geometry, residual, packed)
+    return _compute(way, x, weight, bias, geometry, activation, residual, packed)
+
+
+def measure(
+        packed: PackedWeight,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        stride: Tuple[int, int],
+        padding: Tuple[int, int],
+        dilation: Tuple[int, int],
+        groups: int,
+        activation: str,
+        residual: Optional[torch.Tensor] = None,
+) -> Dict[str, float]:
+    """Time all ways to compute `fused_conv2d` for such an input, and let `packed` remember the fastest.
+
+    Returns:
+        Milliseconds of each way; nothing where there is no choice. A way that differs from `F.conv2d` is left out.
+    """
+    if not _is_free([t for t in (x, weight, bias, residual) if t is not None], x):
+        return {}
+    geometry = _Geometry(stride, padding, dilation, groups)
+    expected = conv2d_in_steps(
+        x, weight, bias, stride, padding, dilation, groups, activation, residual, 'native').float()
+    limit = (1e-4 if x.element_size() > 2 else 5e-2) * expected.abs().amax()
+    times: Dict[str, List[float]] = {}
+    keeper = PackedWeight()
+    for turn in range(_ROUNDS + 2):
+        best = min((min(found) for found in times.values() if found), default=math.inf)
+        for way in _ways(x, weight, geometry, residual) if turn == 0 else list(times):
+            found = times.setdefault(way, [])
+            if turn > 1 and min(found) > 1.5 * best:
+                continue
+            if turn == 0:
+                keeper = PackedWeight()
+                y = _compute(way, x, weight, bias, geometry, activation, residual, keeper)
+                if not (y - expected).abs().amax() <= limit and expected.isfinite().all():
+                    _logger.warning('%s is left out: it differs from F.conv2d for x %s', way, tuple(x.shape))
+                    del times[way]
+                continue
+            keeper = PackedWeight()
+            _compute(way, x, weight, bias, geometry, activation, residual, keeper)
+            start = time.perf_counter()
+            _compute(way, x, weight, bias, geometry, activation, residual, keeper)
+            found.append(1e3 * (time.perf_counter() - start))
+    medians = {way: sorted(found)[len(found) // 2] for way, found in times.items() if found}
+    if medians:
+        packed.remember(x, min(medians, key=medians.__getitem__))
+    return medians
 
 
 def conv2d_in_steps(
@@ -136,10 +210,11 @@ def conv2d_in_steps(
         groups: int,
         activation: str,
         residual: Optional[torch.Tensor],
+        backend: Optional[str] = None,
 ) -> torch.Tensor:
     """`fused_conv2d` by standard operators and `depthwise_conv2d`, for TorchScript too."""
     if not torch.jit.is_tracing() and _is_same_depthwise(weight, stride, padding, dilation, groups):
-        y = depthwise_conv2d(x, weight, bias)
+        y = depthwise_conv2d(x, weight, bias, backend)
     else:
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if activation == 'relu':
@@ -164,39 +239,38 @@ def _is_same_depthwise(
     return ones and padding[0] == k // 2 and padding[1] == l // 2
 
 
-def _fuses(
-        inputs: List[torch.Tensor],
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        stride: Tuple[int, int],
-        padding: Tuple[int, int],
-        dilation: Tuple[int, int],
-        groups: int,
-        residual: Optional[torch.Tensor],
-) -> bool:
-    """Whether one pass is available, fast and equivalent.
+def _is_free(inputs: List[torch.Tensor], x: torch.Tensor) -> bool:
+    """Whether nothing but the result counts: nothing is recorded, compiled, transformed, watched or requested.
 
-    Invalid inputs are not fused: they fall through to the standard operators, which raise.
+    Invalid dtypes are not free: they fall through to the standard operators, which raise.
     """
-    if not ENABLED or x.device.type != 'cpu' or x.dtype not in _DTYPES or not torch.backends.mkldnn.enabled:
-        return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'):
+        return False
+    if x.device.type != 'cpu' or x.ndim != 4 or x.numel() == 0 or not torch.backends.mkldnn.enabled:
         return False
     if private.transforms_active() or private.forward_ad_active() or private.dispatch_mode_active():
         return False
-    if choice.requested_backend() is not None or _convolve is None:
+    if choice.requested_backend() is not None:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return False
-    if any(t.dtype != x.dtype or t.device != x.device for t in inputs):
+    return all(t.dtype == x.dtype and t.device == x.device for t in inputs)
+
+
+def _fits_one_pass(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        geometry: _Geometry,
+        residual: Optional[torch.Tensor],
+) -> bool:
+    """Whether one pass is available and equivalent. Invalid shapes do not fit."""
+    if not ENABLED or _convolve is None or x.dtype not in _DTYPES:
         return False
-    if x.ndim != 4 or weight.ndim != 4 or x.numel() == 0 or x.shape[1] != weight.shape[1] * groups:
-        return False
-    if min(stride) < 1:
+    if weight.ndim != 4 or x.shape[1] != weight.shape[1] * geometry.groups or min(geometry.stride) < 1:
         return False
     size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)]
+        for n, p, d, k, s in zip(x.shape[2:], geometry.padding, geometry.dilation, weight.shape[2:], geometry.stride)]
     if min(size) < 1 or choice.memory_format(x) != torch.channels_last:
         return False
     if residual is not None:
@@ -204,13 +278,133 @@ def _fuses(
             return False
         if choice.memory_format(residual) != torch.channels_last:
             return False
-    if not _is_same_depthwise(weight, stride, padding, dilation, groups):
+    if not _is_same_depthwise(weight, *geometry):
         return True
     k, l = weight.shape[2:]
     _, dx = choice.margins(x, k, l)
-    if choice.working_dtype(x, l - 2 * dx) != x.dtype:
-        return False
-    return choice.choose('output', x, k, l) in ('native', 'channels_last')
+    return choice.working_dtype(x, l - 2 * dx) == x.dtype
+
+
+def _is_product(weight: torch.Tensor, geometry: _Geometry) -> bool:
+    """Whether a convolution is a matrix product over channels."""
+    return (
+        _multiply is not None and geometry.groups == 1 and weight.shape[2:] == (1, 1)
+        and geometry.stride == (1, 1) and geometry.padding == (0, 0))
+
+
+def _ways(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        geometry: _Geometry,
+        residual: Optional[torch.Tensor],
+) -> List[str]:
+    """The ways that are available."""
+    found = []
+    if _fits_one_pass(x, weight, geometry, residual):
+        found = ['matrix product', 'one pass'] if _is_product(weight, geometry) else ['one pass']
+    found.append('native')
+    if _is_same_depthwise(weight, *geometry):
+        _, dx = choice.margins(x, weight.shape[2], weight.shape[3])
+        other = 'contiguous' if choice.memory_format(x) == torch.channels_last else 'channels_last'
+        if choice.working_dtype(x, weight.shape[3] - 2 * dx) != x.dtype:
+            return ['fft']  # the others are slow, or never return
+        found += [other, 'fft']
+    return found
+
+
+def _expected_fastest(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        geometry: _Geometry,
+        residual: Optional[torch.Tensor],
+        packed: Optional[PackedWeight],
+) -> Optional[str]:
+    """The way to take without a measurement; None for standard operators."""
+    fits = _fits_one_pass(x, weight, geometry, residual)
+    if fits and not _is_same_depthwise(weight, *geometry):
+        return 'matrix product' if _is_product(weight, geometry) else 'one pass'
+    if weight.ndim == 4 and _is_same_depthwise(weight, *geometry) and x.shape[1] == weight.shape[0]:
+        backend = choice.choose('output', x, weight.shape[2], weight.shape[3])
+        if fits and backend in ('native', 'channels_last'):
+            return 'one pass'
+        if backend == 'fft' and packed is not None:
+            return 'fft'
+    return None
+
+
+def _compute(
+        way: Optional[str],
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        geometry: _Geometry,
+        activation: str,
+        residual: Optional[torch.Tensor],
+        packed: Optional[PackedWeight],
+) -> torch.Tensor:
+    """`fused_conv2d` one way; None stands for standard operators."""
+    if way not in ('matrix product', 'one pass', 'fft'):
+        return conv2d_in_steps(x, weight, bias, *geometry, activation, residual, way)
+    if _is_same_depthwise(weight, *geometry):
+        dy, dx = choice.margins(x, weight.shape[2], weight.shape[3])
+        weight = weight[:, :, dy:weight.shape[2] - dy, dx:weight.shape[3] - dx]
+        geometry = geometry._replace(padding=(geometry.padding[0] - dy, geometry.padding[1] - dx))
+    if way == 'fft':
+        if not fft.is_accurate(x, weight):
+            return conv2d_in_steps(x, weight, bias, *geometry, activation, residual)
+        kernel = None if packed is None else packed.of(
+            weight, x, way, lambda: fft.transform(weight, x.shape[2], x.shape[3]))
+        return _finish(fft.conv(x, weight, bias, kernel), activation, residual)
+    fused = 'gelu' if activation == 'gelu' else 'none'
+    adds = residual is not None and activation == 'none'
+    if way == 'matrix product':
+        return _product(x, weight, bias, fused, activation, residual, packed)
+    stride, padding, dilation, groups = geometry
+    if packed is not None:
+        copy = packed.of(weight, x, way, lambda: private.reordered_weight(
+            weight, padding, stride, dilation, groups, x.shape))
+        weight = weight if copy is None else copy
+    if adds:
+        return _convolve.binary(
+            x, residual, weight, bias, padding, stride, dilation, groups, 'add', 1.0, None, [], None)
+    y = _convolve(x, weight, bias, padding, stride, dilation, groups, fused, [], 'none')
+    return _finish(y, 'none' if activation == fused else activation, residual)
+
+
+def _product(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        fused: str,
+        activation: str,
+        residual: Optional[torch.Tensor],
+        packed: Optional[PackedWeight],
+) -> torch.Tensor:
+    """A 1×1 convolution of a channels_last x as a matrix product."""
+    b, c, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, c)  # (B H W, C), a view
+    matrix = weight.reshape(-1, c)
+    if packed is not None:
+        copy = packed.of(
+            weight, x, 'matrix product', lambda: private.reordered_matrix(matrix.detach(), rows.shape[0]))
+        matrix = matrix if copy is None else copy
+    if residual is not None and activation == 'none':
+        y = _multiply.binary(rows, residual.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]), matrix, bias, 'add')
+    else:
+        y = _multiply(rows, matrix, bias, fused, [], 'none')
+    y = y.view(b, h, w, -1).permute(0, 3, 1, 2)
+    if residual is not None and activation == 'none':
+        return y
+    return _finish(y, 'none' if activation == fused else activation, residual)
+
+
+def _finish(y: torch.Tensor, activation: str, residual: Optional[torch.Tensor]) -> torch.Tensor:
+    """The activation, in place, and the residual. oneDNN's ReLU would turn NaN into 0."""
+    if activation == 'relu':
+        y.relu_()
+    elif activation == 'gelu':
+        torch.ops.aten.gelu_(y)
+    return y if residual is None else y.add_(residual)
 
 
 def _gelu(y: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 # Arguments of PyTorch's fused convolution, an operator for its compiler. Another signature counts as absent.
 _POINTWISE = 'X W B padding stride dilation groups attr scalars algorithm'
+_LINEAR, _LINEAR_ADD = 'X W B attr scalars algorithm', 'X other W B attr'
 _POINTWISE_ADD = 'X other W B padding stride dilation groups binary_attr alpha unary_attr unary_scalars unary_algorithm'
 
 
@@ -63,6 +64,21 @@ def pointwise_convolution() -> Optional[Any]:
         return None
     signatures = [' '.join(a.name for a in o._schema.arguments) for o in (operator.default, operator.binary)]
     return operator if signatures == [_POINTWISE, _POINTWISE_ADD] else None
+
+
+def pointwise_linear() -> Optional[Any]:
+    """oneDNN's matrix product with an activation (overload `default`) or an addition (`binary`); None if unknown."""
+    operator = _find('ops.mkldnn._linear_pointwise')
+    if operator is None or not {'default', 'binary'} <= set(operator.overloads()):
+        return None
+    signatures = [' '.join(a.name for a in o._schema.arguments) for o in (operator.default, operator.binary)]
+    return operator if signatures == [_LINEAR, _LINEAR_ADD] else None
+
+
+def reordered_matrix(weight: torch.Tensor, rows: int) -> Optional[torch.Tensor]:
+    """A copy of a matrix (O, I) in the format oneDNN prefers for products with (rows, I); None if unknown."""
+    reorder = _find('ops.mkldnn._reorder_linear_weight')
+    return None if reorder is None else reorder(weight.contiguous(), rows)
 
 
 def reordered_weight(

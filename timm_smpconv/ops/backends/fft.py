@@ -8,7 +8,7 @@ convolution is wrong by 1.3e-6. One Inf or NaN spoils its whole plane (H, W), an
 dtype overflow. `is_accurate` and `is_in_range` say where this does not matter.
 """
 import math
-from typing import Iterator, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def unsupported(x: torch.Tensor) -> Optional[str]:
 def transform(weight: torch.Tensor, h: int, w: int) -> torch.Tensor:
     """The transform of a kernel (C, 1, K, L) for maps H×W, (C, H', W' // 2 + 1), conjugate."""
     k, l = weight.shape[2:]
-    size = _size(h, w, k, l)
+    size = fast_length(h + k // 2), fast_length(w + l // 2)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     kernel = F.pad(weight[:, 0].to(dtype), (0, size[1] - l, 0, size[0] - k)).roll((-(k // 2), -(l // 2)), (1, 2))
     # conj_physical, as a lazy conj() is not resolved when a compiled graph calls the operator (torch 2.15).
@@ -44,10 +44,9 @@ def conv(
         kernel: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """The convolution, (B, C, H, W). `kernel` is the transform of the weight, computed if not given."""
-    h, w = x.shape[2:]
-    size = _size(h, w, *weight.shape[2:])
+    size = _size(x, weight.shape[2], weight.shape[3])
     if kernel is None:
-        kernel = transform(weight, h, w)
+        kernel = transform(weight, x.shape[2], x.shape[3])
     y = torch.empty_like(x)
     for chunk in _chunks(x, size):
         _place(y[chunk], _spectrum(x[chunk], size).mul_(kernel), size, bias)
@@ -60,15 +59,16 @@ def corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
     A gradient that is exactly zero, of a tap that meets nothing but zeros and padding, is zero here too. Otherwise Adam
     would make whole steps out of rounding noise.
     """
-    size = _size(*x.shape[2:], k, l)
+    size = _size(x, k, l)
     return _with_exact_zeros(_correlation(grad, x, size, k, l), grad, x, size)
 
 
 def gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Both gradients of `conv`, as by `conv` with the flipped kernel and by `corr`, with one transform of the gradient for both."""
+    """Both gradients of `conv`, with regard to x and weight, from one transform of grad."""
     k, l = weight.shape[2:]
-    size, total = _size(*x.shape[2:], k, l), None
-    kernel = transform(weight.flip(2, 3), *x.shape[2:])
+    size = _size(x, k, l)
+    total: Any = None
+    kernel = transform(weight.flip(2, 3), x.shape[2], x.shape[3])
     dx = torch.empty_like(grad)
     for chunk in _chunks(x, size):
         spectrum = _spectrum(grad[chunk], size)
@@ -110,9 +110,9 @@ def _range(largest: float, t: torch.Tensor, size: Tuple[int, ...]) -> float:
     return largest * (_largest(t) / torch.finfo(dtype).max) * (4. * size[0] * size[1]) ** 3
 
 
-def _size(h: int, w: int, k: int, l: int) -> Tuple[int, int]:
+def _size(x: torch.Tensor, k: int, l: int) -> Tuple[int, int]:
     """The length of the transforms, H' and W'."""
-    return fast_length(h + k // 2), fast_length(w + l // 2)
+    return fast_length(x.shape[2] + k // 2), fast_length(x.shape[3] + l // 2)
 
 
 def _spectrum(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
@@ -130,7 +130,7 @@ def _place(y: torch.Tensor, spectrum: torch.Tensor, size: Tuple[int, int], bias:
 
 
 def _correlation(grad: torch.Tensor, x: torch.Tensor, size: Tuple[int, int], k: int, l: int) -> torch.Tensor:
-    total = None
+    total: Any = None
     for chunk in _chunks(x, size):
         product = _spectrum(grad[chunk], size).conj_physical_().mul_(_spectrum(x[chunk], size)).sum(0)
         total = product if total is None else total.add_(product)
