@@ -5,8 +5,6 @@ import torch.nn.functional as F
 from conftest import CPU_BACKENDS
 
 from timm_smpconv import depthwise_conv2d
-from timm_smpconv.ops import choice
-from timm_smpconv.ops.choice import CONV_RULES, CORR_RULES
 
 STAGES = [(56, 31), (28, 29), (14, 27), (7, 13), (56, 5), (14, 5), (7, 5), (14, 47),
           pytest.param(56, 51, marks=pytest.mark.slow)]  # (H = W, K)
@@ -73,14 +71,8 @@ def test_rounding_errors_are_at_most_four_times_those_of_native(h, k):
     assert (tap_errors <= 1e-5 * reached).all()
 
 
-def transform_everywhere(monkeypatch):
-    """Rules that choose a transform wherever one may be chosen."""
-    monkeypatch.setattr(choice, 'CONV_RULES', (choice.Rule('fft', lambda case: True, ''), *CONV_RULES))
-    monkeypatch.setattr(choice, 'CORR_RULES', (choice.Rule('fft', lambda case: True, ''), *CORR_RULES))
-
-
-def test_far_from_a_large_pixel_the_chosen_backend_is_exact(monkeypatch):
-    transform_everywhere(monkeypatch)
+def test_far_from_a_large_pixel_the_chosen_backend_is_exact(fastest):
+    fastest('fft')
     x, weight, cotangent = torch.randn(1, 2, 40, 40), torch.randn(2, 1, 7, 7) / 7, torch.randn(1, 2, 40, 40)
     x[:, 0, 2, 2] = 1e6
     cotangent[:, 1, 3, 3] = -1e6
@@ -91,8 +83,8 @@ def test_far_from_a_large_pixel_the_chosen_backend_is_exact(monkeypatch):
     assert (by_fft - exact(x, weight, cotangent)[0])[far].abs().max() > 1e-3  # what the documentation says of it
 
 
-def test_large_numbers_stay_finite(monkeypatch):
-    transform_everywhere(monkeypatch)
+def test_large_numbers_stay_finite(fastest):
+    fastest('fft')
     x, weight, cotangent = tensors(2, 3, 14, 27)
     for case in ((x / x.max() * 1e38, weight / weight.abs().sum(), cotangent / cotangent.abs().max()),
                  (x / x.max() / 196, weight, cotangent / cotangent.abs().max() * 1e38)):
@@ -103,8 +95,8 @@ def test_large_numbers_stay_finite(monkeypatch):
             assert error <= 1e-5 * expected.abs().max()
 
 
-def test_infinity_spoils_only_what_it_reaches(monkeypatch):
-    transform_everywhere(monkeypatch)
+def test_infinity_spoils_only_what_it_reaches(fastest):
+    fastest('fft')
     x, weight, cotangent = tensors(2, 3, 14, 5)
     x[0, 1, 3, 3] = torch.inf
     y = results(x, weight, cotangent)[0]

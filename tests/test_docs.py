@@ -25,7 +25,7 @@ import timm
 import torch
 import torch._inductor.config
 import yaml
-from conftest import MODELS, difference
+from conftest import MODELS, difference, shake_norms, wake_weights
 from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
 from test_weights import unpublished
@@ -134,17 +134,29 @@ def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_deployment(run, tmp_path):
-    engines = 0
+def test_deployment(run, tmp_path, monkeypatch):
+    create = timm.create_model
+
+    def awake(*args, **kwargs):  # initial weights make logits of 1e-8, which NNCF takes as zero
+        return wake_weights(shake_norms(create(*args, **kwargs)))
+
+    monkeypatch.setattr(timm, 'create_model', awake)
+    engines = quantized = 0
     with torch._inductor.config.patch(freezing=False), torch.no_grad():  # puts back what the page sets
         for names in run('docs/deployment.md'):
             if 'logits' in names:  # eager, prepacked, compiled, OpenVINO, ONNX Runtime
                 assert difference(names.pop('logits'), names['model'](names['image'])) < 1e-4
                 engines += 1
-        assert engines == 5
+            if 'int8_logits' in names:  # OpenVINO, ONNX Runtime
+                assert difference(names.pop('int8_logits'), names['model'](names['image'])) < 0.1
+                quantized += 1
+        assert (engines, quantized) == (5, 2)
         image = torch.randn(1, 3, 64, 64)
         assert difference(names['again'].eval()(image), names['model'](image)) < 1e-5
     assert (tmp_path / 'smpconv_tiny.onnx').exists()
+    parameters = sum(p.numel() for p in names['merged'].parameters())
+    for file in ('smpconv_tiny_int8.bin', 'smpconv_tiny_int8.onnx'):  # every weight in a byte, depthwise ones, too
+        assert parameters < (tmp_path / file).stat().st_size < 1.05 * parameters, file
 
 
 def test_every_page_with_code_is_run():
