@@ -374,7 +374,7 @@ def _measure(module: Any, args: Tuple[torch.Tensor, ...]) -> None:
     """A forward pre-hook: time the ways to compute this convolution, and remember the fastest."""
     if isinstance(module, MergedConv2d):
         measure(
-            cast(PackedWeight, module.packed), args[0], module.weight, module.bias, module.stride, module.padding, module.dilation,
-            module.groups, module.activation, *args[1:])
+            cast(PackedWeight, module.packed), args[0], module.weight, module.bias, module.stride, module.padding,
+            module.dilation, module.groups, module.activation, *args[1:])
     else:
         module.packed.is_measuring = True

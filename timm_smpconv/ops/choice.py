@@ -160,10 +160,8 @@ def compute(
     """
     if not races(x, requested):
         return run(BACKENDS[select(what, x, size, requested, trusts_transform)])
-    runnable = {name: backend for name, backend in RACED.items() if backend.unsupported(x) is None}
-    return race.compute(
-        race.make_key(what, x, size[0], size[1], grad), {name: partial(run, backend) for name, backend in runnable.items()},
-        _tolerance(x.dtype))
+    candidates = {name: partial(run, backend) for name, backend in RACED.items() if backend.unsupported(x) is None}
+    return race.compute(race.make_key(what, x, size[0], size[1], grad), candidates, _tolerance(x.dtype))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
