@@ -25,10 +25,8 @@ from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
 
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 ON_CPU = {name: backend for name, backend in BACKENDS.items() if name != 'triton'}
-STAGES = [  # (C, H, K) of the large kernels in tiny's and mobile51's stages
-    (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51), (128, 28, 49), (256, 14, 47), (320, 7, 13)]
-SHAPES = [  # and sizes between, small branches, the stem
-    *STAGES,
+SHAPES = [  # (C, H, K) of the large kernels in tiny's and mobile51's stages, sizes between, small branches, the stem
+    (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51), (128, 28, 49), (256, 14, 47), (320, 7, 13),
     (96, 56, 15), (96, 56, 13), (192, 28, 13), (96, 56, 9), (96, 56, 7), (96, 56, 5), (192, 28, 5), (384, 14, 5),
     (768, 7, 5), (96, 112, 3)]
 
@@ -95,8 +93,8 @@ def growth(args):
         ratios[pair[51]] = times[51] / times[31]
         print(f'  {what:15} {pair[51].setting:38} 31×31 {times[31]:7.2f} ms   51×51 {times[51]:7.2f} ms   '
               f'51×51 / 31×31 {ratios[pair[51]]:5.2f}', flush=True)
-    case, worst = max(ratios.items(), key=lambda item: item[1])
-    print(f'largest: {worst:.2f}, {case}')
+    worst = max(ratios, key=lambda case: ratios[case])
+    print(f'largest: {ratios[worst]:.2f}, {worst}')
 
 
 def pointwise_as_mm(model, image):

@@ -22,7 +22,9 @@ from .ops import choice, costs, derivatives, race
 from .ops.backends import BACKENDS, RACED
 from .ops.choice import PASSES
 
-__all__ = ['PASSES', 'Case', 'Result', 'cases', 'expect', 'machine', 'measure', 'measure_all', 'page', 'row', 'run', 'summary']
+__all__ = [
+    'PASSES', 'Case', 'Result', 'cases', 'expect', 'header', 'inputs', 'machine', 'measure', 'measure_all', 'page',
+    'rates', 'row', 'run', 'summary']
 
 SLOW = 3  # times slower than the fastest: timed once
 SECONDS = 0.25  # that the rounds of a case take, about
@@ -357,8 +359,8 @@ def summary(results: Iterable[Result], worst: int = 10) -> List[str]:
     for result in sorted(results, key=lambda r: -r.ratio)[:worst]:
         if result.ratio > 1:
             best = min(result.times, key=lambda name: result.times[name])
-            lines.append(f'  {result.ratio:.2f} ×: {result.case}: {result.taken} {_short(result.times[result.taken])} ms, '
-                         f'{best} {_short(result.times[best])}')
+            named = ', '.join(f'{name} {_short(result.times[name])}' for name in (result.taken, best))
+            lines.append(f'  {result.ratio:.2f} ×: {result.case}: ms {named}')
     return lines
 
 
