@@ -4,10 +4,13 @@
 """
 import argparse
 import resource
+import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
+from itertools import groupby, product
 
 import timm
 import torch
@@ -17,17 +20,13 @@ from timm.utils import reparameterize_model
 
 from benchmarks.family import family
 from benchmarks.timing import agree, machine, paired
-from timm_smpconv import prepack
+from timm_smpconv import backends, prepack
 from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
-from timm_smpconv.ops.choice import CONV_RULES, CORR_RULES, choose, margins
 
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 ON_CPU = {name: backend for name, backend in BACKENDS.items() if name != 'triton'}
-PASSES = ('output', 'input gradient', 'weight gradient')
-STAGES = [  # (C, H, K) of the large kernels in tiny's and mobile51's stages
-    (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51), (128, 28, 49), (256, 14, 47), (320, 7, 13)]
-SHAPES = [  # and sizes between, small branches, the stem
-    *STAGES,
+SHAPES = [  # (C, H, K) of the large kernels in tiny's and mobile51's stages, sizes between, small branches, the stem
+    (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51), (128, 28, 49), (256, 14, 47), (320, 7, 13),
     (96, 56, 15), (96, 56, 13), (192, 28, 13), (96, 56, 9), (96, 56, 7), (96, 56, 5), (192, 28, 5), (384, 14, 5),
     (768, 7, 5), (96, 112, 3)]
 
@@ -52,75 +51,50 @@ def shaken(name, **kwargs):
     return model.eval()
 
 
-def ops(args):
-    """The native and the chosen backend: output, input gradient, weight gradient of the stages' large kernels."""
-    for batch in args.batch:
-        for layout, memory_format in FORMATS.items():
-            print(f'\nfloat32, batch {batch}, {layout}: native and chosen ms, native / chosen')
-            for c, h, k in STAGES:
-                x, cotangent = (torch.randn(batch, c, h, h).contiguous(memory_format=memory_format) for _ in range(2))
-                print(f'  C {c:4} H {h:3} K {k:2}' + ops_shape(x, torch.randn(c, 1, k, k) / k, cotangent, args.rounds))
+def choice(args):
+    """Every backend on every pass of the stages and their 5×5 branches; * is taken, by the expected times.
+
+    All are first compared with float64, and timed if 3 times as slow as the fastest for the smallest batch only.
+    """
+    found = [
+        case for name in ('smpconv_tiny', 'smpconv_mobile51')
+        for case in backends.cases(
+            timm.create_model(name, device='meta'), (3, 224, 224), sorted(args.batch), (False, True))]
+    print(backends.rates())
+    results = []
+    groups = groupby(sorted(found, key=lambda case: (case.b, case.channels_last)), key=lambda case: case.setting)
+    ordered = (case for _, group in groups for case in group)
+    for setting, group in groupby(
+            backends.measure_all(ordered, check_against_double), key=lambda result: result.case.setting):
+        print(f'\n{setting}')
+        print(backends.header(True, 'cpu'))
+        for result in group:
+            print(backends.row(result), flush=True)
+            results.append(result)
+    print('', *backends.summary(results), sep='\n')
+    natives = [r.times['native'] / r.times[r.taken] for r in results if 'native' in r.times]
+    print(f'native, where timed: {statistics.geometric_mean(natives):.2f} × the time of what is taken (geometric mean '
+          f'of {len(natives)}), at least {min(natives):.2f}, at most {max(natives):.1f} ×')
 
 
-def ops_shape(x, weight, cotangent, rounds):
-    exact = results('fft', x.double(), weight.double(), cotangent.double())
-    runs = {what: {} for what in PASSES}
-    for name in ('native', None):
-        for what, actual, expected in zip(PASSES, results(name, x, weight, cotangent), exact):
-            agree(f'{what} by {name or "the chosen backend"}', actual, expected, 1e-5)
-
-        def output(x, weight, name=name):
-            with use_backend(name) if name else nullcontext():
-                return depthwise_conv2d(x, weight)
-
-        runs['output'][name] = lambda output=output: output(x, weight)
-        for what, leaf in zip(PASSES[1:], (x, weight)):  # of one alone: a graph of both computes both
-            leaf = leaf.detach().requires_grad_()
-            y = output(leaf, weight) if what == 'input gradient' else output(x, leaf)
-            runs[what][name] = lambda y=y, leaf=leaf: torch.autograd.grad(y, leaf, cotangent, retain_graph=True)
-    line = ''
-    slow = x.numel() * weight[0].numel() > 4e9
-    for what, candidates in runs.items():
-        times = paired(candidates, 1 if slow else rounds, warmup=0, settle=not slow)
-        native, chosen = times['native'], times[None]
-        line += f' | {what} {native:8.2f} {chosen:7.2f} {native / chosen:6.1f}'
-    return line
+def check_against_double(case, name, actual):
+    tensors = (t.double() for t in backends.inputs(case))
+    agree(f'{case} by {name}', actual, backends.run(case, *tensors, 'fft'), 1e-5)
 
 
-def rules(args):
-    """Every backend on the convolution and on the correlation of its weight gradient; the rules' choice is marked."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for batch in args.batch:
-            for layout, memory_format in FORMATS.items():
-                print(f'\n{str(dtype)[6:]}, batch {batch}, {layout}: ms ({", ".join(ON_CPU)}), * is chosen')
-                for c, h, k in SHAPES:
-                    rules_shape(dtype, batch, memory_format, c, h, k, args.rounds)
-
-
-def rules_shape(dtype, batch, memory_format, c, h, k, rounds):
-    x, grad = (torch.randn(batch, c, h, h, dtype=dtype).contiguous(memory_format=memory_format) for _ in range(2))
-    margin, _ = margins(x, k, k)
-    k -= 2 * margin
-    weight = torch.randn(c, 1, k, k, dtype=dtype) / k
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    passes = {
-        'conv': ({n: lambda b=b: b.conv(x, weight, None).contiguous(memory_format=memory_format)
-                  for n, b in ON_CPU.items()}, choose(CONV_RULES, x, k, k)),
-        'corr': ({n: lambda b=b: b.corr(grad, x, k, k) for n, b in ON_CPU.items()}, choose(CORR_RULES, x, k, k)),
-    }
-    line = f'  C {c:4} H {h:3} K {k:2}'
-    exact = BACKENDS['fft']
-    expected = {
-        'conv': exact.conv(x.double(), weight.double(), None), 'corr': exact.corr(grad.double(), x.double(), k, k)}
-    with torch.no_grad():
-        for name, (candidates, chosen) in passes.items():
-            for n, run in candidates.items():
-                agree(f'{name} by {n} at C {c}, H {h}, K {k}', run(), expected[name], tolerance)
-            slow = batch * c * h * h * k * k > 4e9
-            times = paired(candidates, 1 if slow else rounds, warmup=0, settle=not slow)
-            cells = ' '.join(f'{t:8.2f}{"*" if n == chosen else " "}' for n, t in times.items())
-            line += f' | {name} {cells} {times[chosen] / min(times.values()):5.2f}'
-    print(line, flush=True)
+def growth(args):
+    """51×51 on 56×56 against 31×31, 96 channels, by the backends taken: output and both gradients."""
+    ratios = {}
+    for batch, last, what in product(args.batch, (False, True), backends.PASSES):
+        pair = {k: backends.Case(what, batch, 96, 56, 56, k, k, last) for k in (31, 51)}
+        runs = {k: partial(backends.run, case, *backends.inputs(case)) for k, case in pair.items()}
+        with torch.inference_mode():
+            times = paired(runs, args.rounds)
+        ratios[pair[51]] = times[51] / times[31]
+        print(f'  {what:15} {pair[51].setting:38} 31×31 {times[31]:7.2f} ms   51×51 {times[51]:7.2f} ms   '
+              f'51×51 / 31×31 {ratios[pair[51]]:5.2f}', flush=True)
+    worst = max(ratios, key=lambda case: ratios[case])
+    print(f'largest: {ratios[worst]:.2f}, {worst}')
 
 
 def pointwise_as_mm(model, image):
@@ -274,7 +248,8 @@ def memory(args):
         peaks = {}
         for variant in ('plain', *FORMATS):
             command = [sys.executable, '-m', 'benchmarks.cpu', '--model', args.model, '--batch', str(batch)]
-            result = subprocess.run([*command, '--peak-of', variant], capture_output=True, text=True, check=True)
+            command += ['--threads', str(torch.get_num_threads()), '--peak-of', variant]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[variant] = int(result.stdout.split()[-1])
         print(f'\npeak memory of a training step over the idle process, batch {batch}')
         for variant, peak in peaks.items():
@@ -292,15 +267,18 @@ def peak(name, variant, batch):
 
 
 def main():
-    sections = dict(forward=forward, train=train, memory=memory, ops=ops, rules=rules, accuracy=accuracy,
-        family=family)
+    sections = dict(
+        forward=forward, train=train, memory=memory, choice=choice, growth=growth, accuracy=accuracy, family=family)
     parser = argparse.ArgumentParser(prog='python -m benchmarks.cpu', description=__doc__.splitlines()[0])
     parser.add_argument('sections', nargs='*', help=f'of {", ".join(sections)}; the first three by default')
     parser.add_argument('--model', default='smpconv_tiny')
     parser.add_argument('--batch', type=int, nargs='+')
     parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--threads', type=int, help='of torch, by default as many as it takes')
     parser.add_argument('--peak-of', help=argparse.SUPPRESS)  # what `memory` starts
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.peak_of:
         peak(args.model, args.peak_of, args.batch[0])
         return
@@ -309,7 +287,7 @@ def main():
             parser.error(f'a section must be one of {", ".join(sections)}, got {name!r}')
     print(machine())
     for name in args.sections or list(sections)[:3]:
-        usual = {'ops': [1, 4, 16], 'rules': [1, 4], 'train': [4, 16], 'memory': [4, 16]}.get(name, [1, 16])
+        usual = {'choice': [1, 4, 16], 'growth': [1, 4, 16], 'train': [4, 16], 'memory': [4, 16]}.get(name, [1, 16])
         sections[name](argparse.Namespace(**dict(vars(args), batch=args.batch or usual)))
 
 

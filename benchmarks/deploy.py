@@ -34,13 +34,16 @@ def engines(merged, batch, folder):
             'eager': model, 'prepacked': prepack(deepcopy(model)), 'compiled': torch.compile(deepcopy(model))}
         for engine, network in networks.items():
             runs[f'{engine} {str(dtype)[6:]}'] = lambda network=network, x=x: network(x)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     runs['ONNX Runtime float32'] = lambda: torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
     network = openvino.Core().read_model(path)
     network.reshape([batch, 3, 224, 224])  # as exported, with any batch, it is slower
     for dtype, hint in ((torch.float32, 'f32'), (torch.bfloat16, 'bf16')):
-        compiled = openvino.compile_model(
-            network, 'CPU', {'INFERENCE_PRECISION_HINT': hint, 'PERFORMANCE_HINT': 'LATENCY'})
+        compiled = openvino.compile_model(network, 'CPU', {
+            'INFERENCE_PRECISION_HINT': hint, 'PERFORMANCE_HINT': 'LATENCY',
+            'INFERENCE_NUM_THREADS': torch.get_num_threads()})
         request = compiled.create_infer_request()
         runs[f'OpenVINO {str(dtype)[6:]}'] = lambda r=request: torch.from_numpy(r.infer({0: image.numpy()})[0])
     return image, runs
@@ -71,7 +74,10 @@ def main():
     parser.add_argument('--model', default='smpconv_tiny')
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 16])
     parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--threads', type=int, help='of every engine, by default as many as torch takes')
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     print(machine(), f'ONNX Runtime {onnxruntime.__version__}, OpenVINO {openvino.__version__}', sep=', ')
     for batch in args.batch:
         deploy(args.model, batch, args.rounds)

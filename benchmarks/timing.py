@@ -1,13 +1,11 @@
 """Timing that survives a noisy machine: candidates take turns, each figure is the median of its own rounds."""
-import os
-import pathlib
-import platform
 import statistics
 import time
 from typing import Callable, Dict
 
-import timm
 import torch
+
+from timm_smpconv.backends import machine as machine
 
 
 def paired(
@@ -46,13 +44,3 @@ def agree(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: fl
     if not found <= tolerance:
         raise SystemExit(f'{what} differs by {found:.1e} relative, more than {tolerance:.0e}: nothing is reported')
     return found
-
-
-def machine() -> str:
-    """One line on the processor and the versions."""
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    names = {line.split(':')[1].strip() for line in lines if line.startswith('model name')}
-    return (
-        f'{", ".join(names)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, '
-        f'{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, timm {timm.__version__}, '
-        f'Python {platform.python_version()}')

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Callable, List, Optional
 
 import timm
+import torch
 
-from . import __version__, startup
+from . import __version__, backends, startup
 from .checkpoint import CheckpointError
 from .console import robust_output
 from .recipe import recipe_names, recipe_path
@@ -48,6 +49,22 @@ def _parser() -> argparse.ArgumentParser:
     digits = commands.add_parser('digits', help='write real handwritten digits as folders of images')
     digits.add_argument('folder', type=Path, metavar='DIR', help='an empty folder or a new one')
     digits.set_defaults(run=_digits)
+
+    which = commands.add_parser(
+        'backends', help='print by what this machine would compute the convolutions of a model, and why')
+    which.add_argument(
+        'models', nargs='*', metavar='MODEL', default=['smpconv_tiny', 'smpconv_mobile51'],
+        help='default: smpconv_tiny smpconv_mobile51')
+    which.add_argument('--measure', action='store_true', help='time the backends side by side')
+    which.add_argument(
+        '--batch', type=_integer(1, 4096), nargs='+', default=[1], metavar='N', help='sizes of the batch, default: 1')
+    which.add_argument('--channels-last', action='store_true', help='the memory format, by default contiguous')
+    which.add_argument(
+        '--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32', help='default: %(default)s')
+    which.add_argument('--device', choices=('cpu', 'cuda'), help='by default cuda where there is a GPU, else cpu')
+    which.add_argument(
+        '--image-size', type=_integer(1, 8192), metavar='N', help="height and width, by default the model's own")
+    which.set_defaults(run=_backends)
 
     sequence = commands.add_parser(
         'sequence', help='train, validate or test a sequence network with PyTorch Lightning', add_help=False,
@@ -117,6 +134,24 @@ def _digits(args: argparse.Namespace) -> int:
         print(f'timm-smpconv digits: {error}', file=sys.stderr)
         return 1
     print(f'{len(images)} images in {args.folder}')
+    return 0
+
+
+@robust_output()
+def _backends(args: argparse.Namespace) -> int:
+    try:
+        for line in backends.page(
+                args.models, args.image_size, args.batch, args.channels_last, getattr(torch, args.dtype), args.device,
+                args.measure):
+            print(line)
+    except ValueError as error:
+        print(f'timm-smpconv backends: {error}', file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or 'allocate memory' in str(error)):  # on the CPU
+            raise
+        print('timm-smpconv backends: --batch and --image-size must fit into the memory, they do not', file=sys.stderr)
+        return 2
     return 0
 
 
