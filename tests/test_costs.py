@@ -1,0 +1,467 @@
+"""The expected costs of the CPU's backends, by which one is chosen: how rates are measured, and what follows from them.
+
+The oracle of the choices is what was measured on the two kinds of machine, see issue 15's table and `benchmarks/results.md`.
+"""
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_smpconv import depthwise_conv2d
+from timm_smpconv.ops import choice, costs
+from timm_smpconv.ops.choice import PASSES, choose
+
+# Rates of machines at hand, one thread; `WIDEST`, `_LANES` and `_DIRECT_GRADIENT` there.
+MACHINES = {
+    'AVX-512': (13, 16, 1.7, costs.Rates(
+        wide=0.028, narrow=0.024, corr=0.31, transform=0.19, copy=0.54, dense=0.015)),
+    'AVX2': (9, 8, 0.9, costs.Rates(
+        wide=0.062, narrow=0.032, corr=0.25, transform=0.19, copy=0.61, dense=0.028)),
+    'neither': (7, 4, 0.9, costs.Rates(
+        wide=0.1, narrow=0.06, corr=0.4, transform=0.25, copy=0.7, dense=0.05)),
+}
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """A function that makes this CPU one of `MACHINES`, with oneDNN."""
+    def on(name):
+        widest, lanes, direct_gradient, rates = MACHINES[name]
+        monkeypatch.setattr(costs, 'WIDEST', widest)
+        monkeypatch.setattr(costs, '_LANES', lanes)
+        monkeypatch.setattr(costs, '_DIRECT_GRADIENT', direct_gradient)
+        monkeypatch.setattr(costs, 'rates', lambda: rates)
+        monkeypatch.setattr(choice, 'ONEDNN_DTYPES', frozenset([torch.float32]))
+    return on
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Nothing measured yet, and the numbers of threads for which something was measured, in order."""
+    found, measure = [], costs._measure
+
+    def recording(threads):
+        found.append(threads)
+        return measure(threads)
+
+    monkeypatch.setattr(costs, '_measured', {})
+    monkeypatch.setattr(costs, '_measure', recording)
+    return found
+
+
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def image(b, c, h, w=None, layout='contiguous', dtype=torch.float32):
+    return LAYOUTS[layout](torch.empty(b, c, h, w or h, dtype=dtype))
+
+
+def case(what='output', b=2, c=32, h=28, k=21, channels_last=False, itemsize=4, onednn=True):
+    return costs.Case(what, onednn, channels_last, itemsize, b, c, h, h, k, k)
+
+
+# How rates are measured
+
+
+def test_rates_are_measured_once_for_each_number_of_threads(measured):
+    with threads(1):
+        one = costs.rates()
+        assert costs.rates() is one
+        choose('output', image(2, 8, 14), 9, 9)
+        assert measured == [1]
+    with threads(2):
+        two = costs.rates()
+        assert costs.rates() is two
+        assert torch.get_num_threads() == 2
+    with threads(1):
+        assert costs.rates() is one
+        assert torch.get_num_threads() == 1
+    assert measured == [1, 2]
+
+
+def test_measured_rates_are_positive_times(measured):
+    found = costs._measure(torch.get_num_threads())
+    assert all(1e-4 < rate < 1e4 for rate in found)  # nanoseconds; a hundredth and a million times what CPUs need
+
+
+def test_threads_that_ask_at_once_measure_once(monkeypatch):
+    started, go, calls = threading.Event(), threading.Event(), []
+
+    def measure(number):
+        calls.append(number)
+        started.set()
+        assert go.wait(20)
+        return costs.FIXED._replace(wide=2 * costs.FIXED.wide)
+
+    monkeypatch.setattr(costs, '_measured', {})
+    monkeypatch.setattr(costs, '_measure', measure)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(costs.rates) for _ in range(4)]
+        assert started.wait(20)
+        go.set()
+        found = {future.result() for future in asked}
+    assert calls == [torch.get_num_threads()]
+    assert found == {costs.FIXED._replace(wide=2 * costs.FIXED.wide)}
+
+
+def test_each_thread_has_the_rates_of_its_own_number_of_threads(monkeypatch):
+    monkeypatch.setattr(costs, '_measured', {})
+    monkeypatch.setattr(costs, '_measure', lambda number: costs.Rates(*(number * rate for rate in costs.FIXED)))
+
+    def ask(number):
+        with threads(number):
+            return costs.rates()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ask, 2).result() == costs.Rates(*(2 * rate for rate in costs.FIXED))
+    assert ask(1) == costs.FIXED
+
+
+SCALED = [
+    (dict.fromkeys(costs.Rates._fields, 1), True),
+    (dict.fromkeys(costs.Rates._fields, 0.2), True),  # a faster machine
+    (dict.fromkeys(costs.Rates._fields, 8), True),  # a slower one
+    ({'transform': 5}, True),
+    ({'transform': 7}, False),
+    ({'wide': 0.1}, False),
+    ({'copy': 50}, False),
+    (dict.fromkeys(costs.Rates._fields, 11), False),  # nobody's: the machine is busy
+    ({'corr': float('inf')}, False),
+    ({'dense': 0}, False),
+    ({'dense': -1}, False),
+]
+
+
+@pytest.mark.parametrize('scale,is_taken', SCALED)
+def test_implausible_measurements_are_not_taken(scale, is_taken, monkeypatch):
+    found = costs.FIXED._replace(**{name: factor * getattr(costs.FIXED, name) for name, factor in scale.items()})
+    monkeypatch.setattr(costs, '_measured', {})
+    monkeypatch.setattr(costs, '_measure', lambda number: found)
+    assert costs.rates() == (found if is_taken else costs.FIXED)
+    assert costs.rates() == (found if is_taken else costs.FIXED)
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_a_measurement_that_fails_is_not_repeated(monkeypatch):
+    calls = []
+
+    def measure(number):
+        calls.append(number)
+        raise RuntimeError('no memory')
+
+    monkeypatch.setattr(costs, '_measured', {})
+    monkeypatch.setattr(costs, '_measure', measure)
+    assert costs.rates() == costs.rates() == costs.FIXED
+    assert len(calls) == 1
+
+
+def test_deterministic_algorithms_measure_nothing(measured):
+    others = costs.Rates(*(3 * rate for rate in costs.FIXED))
+    with deterministic():
+        assert costs.rates() == costs.FIXED
+        costs._measured[torch.get_num_threads()] = others
+        assert costs.rates() == costs.FIXED
+        y = depthwise_conv2d(torch.randn(1, 4, 14, 14, requires_grad=True), torch.randn(4, 1, 13, 13))
+        y.sum().backward()
+    assert not measured
+    assert costs.rates() == others
+
+
+@pytest.mark.parametrize('k,l', [(1, 1), (3, 3), (1, 9), (31, 1), (1, 51), (9, 1)])
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_small_kernels_measure_nothing(k, l, layout, measured):
+    x, weight = torch.randn(2, 4, 40, 60), torch.randn(4, 1, k, l)
+    x = LAYOUTS[layout](x).requires_grad_()
+    with torch.no_grad():
+        depthwise_conv2d(x, weight)
+    depthwise_conv2d(x, weight.requires_grad_()).sum().backward()
+    for what in PASSES:
+        assert choose(what, x, k, l) == 'native'
+    assert not measured
+
+
+def test_a_kernel_that_is_cropped_to_a_small_one_measures_nothing(measured):
+    for h, w in ((1, 40), (40, 1), (2, 2)):
+        for what in PASSES:
+            assert choose(what, image(2, 3, h, w), 31, 31) == 'native'
+    assert not measured
+
+
+# Situations in which the first large kernel may be met: nothing of them may reach the measurement
+
+
+def autocast():
+    return torch.autocast('cpu', dtype=torch.bfloat16)
+
+
+@contextmanager
+def default(device=None, dtype=None):
+    before = torch.get_default_dtype()
+    torch.set_default_device(device)
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+
+
+CONTEXTS = {
+    'autocast': autocast,
+    'fake': FakeTensorMode,
+    'flops': lambda: FlopCounterMode(display=False),
+    'inference': torch.inference_mode,
+    'no_grad': torch.no_grad,
+    'meta': lambda: default(device='meta'),
+    'float64': lambda: default(dtype=torch.float64),
+    'device': lambda: torch.device('meta'),
+    'saved tensors': lambda: torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail),
+    'anomaly': lambda: torch.autograd.detect_anomaly(check_nan=False),
+}
+
+
+@pytest.mark.filterwarnings('ignore:Anomaly Detection has been enabled')
+@pytest.mark.parametrize('context', CONTEXTS)
+def test_the_measurement_sees_no_context(context, measured, monkeypatch):
+    seen, measure = [], costs._measure
+
+    def looking(number):
+        x = torch.ones(2)
+        seen.append((
+            type(x), x.device.type, x.dtype, torch.is_autocast_enabled('cpu'), torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(), torch._C._len_torch_dispatch_stack(),
+            torch._C._are_functorch_transforms_active()))
+        return measure(number)
+
+    monkeypatch.setattr(costs, '_measure', looking)
+    with CONTEXTS[context]():
+        costs.rates()
+    assert measured == [torch.get_num_threads()]
+    dtype = torch.float64 if context == 'float64' else torch.float32  # the default is the process's
+    assert seen == [(torch.Tensor, 'cpu', dtype, False, False, True, 0, False)]
+    assert all(rate > 0 for rate in costs._measured[torch.get_num_threads()])
+
+
+def plain(x, weight):
+    return F.conv2d(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
+
+
+def direct(f, x, weight):
+    return f(x, weight)
+
+
+def in_inference_mode(f, x, weight):
+    with torch.inference_mode():
+        return f(x, weight).clone()
+
+
+def vmapped(f, x, weight):
+    return torch.vmap(lambda image: f(image[None], weight))(x)
+
+
+def differentiated(f, x, weight):
+    return torch.func.grad(lambda w: f(x, w).square().sum())(weight)
+
+
+def trained(f, x, weight):
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    f(*leaves).square().sum().backward()
+    return torch.cat([leaf.grad.flatten() for leaf in leaves])
+
+
+def compiled(f, x, weight):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        y = torch.compile(f, fullgraph=True, backend='aot_eager')(x, weight)
+    torch._dynamo.reset()
+    return y
+
+
+def counted(f, x, weight):
+    with FlopCounterMode(display=False):
+        return f(x, weight)
+
+
+def on_meta_by_default(f, x, weight):
+    with default(device='meta'):
+        return f(x, weight)
+
+
+def in_autocast(f, x, weight):
+    with autocast():
+        return f(x, weight)
+
+
+@pytest.mark.parametrize('call', [
+    direct, in_inference_mode, vmapped, differentiated, trained, compiled, counted, on_meta_by_default, in_autocast])
+def test_the_first_large_kernel_may_come_anywhere(call, measured):
+    x, weight = torch.randn(2, 4, 24, 20), torch.randn(4, 1, 17, 15) / 16
+    for _ in range(2):
+        y = call(depthwise_conv2d, x, weight)
+        dtype = torch.bfloat16 if call is in_autocast else torch.float32
+        wanted = call(plain, x.double(), weight.double()) if call is not compiled else plain(x.double(), weight.double())
+        assert difference(y, wanted) < 2 * TOLERANCE[dtype]
+    assert measured == [torch.get_num_threads()]
+
+
+@pytest.mark.parametrize('context', ['autocast', 'fake', 'inference', 'meta', 'flops'])
+def test_the_choice_is_the_same_everywhere(context, on):
+    x = image(4, 96, 56)
+    chosen = [choose(what, x, 31, 31) for what in PASSES]
+    with CONTEXTS[context]():
+        inside = torch.empty(4, 96, 56, 56, device='cpu')
+        assert [choose(what, inside, 31, 31) for what in PASSES] == chosen
+
+
+def test_the_choice_is_the_same_all_the_time(measured):
+    shapes = [(b, c, h, k) for b in (1, 4) for c, h, k in ((96, 56, 31), (192, 28, 29), (384, 14, 27), (64, 28, 9))]
+
+    def chosen():
+        return [
+            choose(what, image(b, c, h, layout=layout), k, k)
+            for what in PASSES for b, c, h, k in shapes for layout in ('contiguous', 'channels_last')]
+
+    first = chosen()
+    assert all(chosen() == first for _ in range(3))
+    assert measured == [torch.get_num_threads()]
+
+
+# What follows from the rates
+
+
+@pytest.mark.parametrize('what', PASSES)
+@pytest.mark.parametrize('cheapest', CPU_BACKENDS)
+def test_the_cheapest_is_chosen(what, cheapest, monkeypatch):
+    times = dict(zip(CPU_BACKENDS, (5, 4, 3, 2)))
+    times[cheapest] = 1
+    asked = []
+    monkeypatch.setattr(
+        costs, 'expected', lambda case, is_transformed=False: asked.append((case, is_transformed)) or dict(times))
+    x = image(2, 5, 9, 20, 'channels_last', torch.float64)
+    assert choose(what, x, 51, 7, is_transformed=True) == cheapest
+    assert asked == [(costs.Case(what, False, True, 8, 2, 5, 9, 20, 17, 7), True)]  # 51 rows are cropped to 17
+    assert choose(what, x, 51, 7, transform=False) == (cheapest if cheapest != 'fft' else 'channels_last')
+    assert asked[1][1] is False
+
+
+@pytest.mark.parametrize('machine', MACHINES)
+@pytest.mark.parametrize('what', PASSES)
+@pytest.mark.parametrize('onednn,channels_last', [(True, False), (True, True), (False, False), (False, True)])
+def test_costs_grow_with_the_work(machine, what, onednn, channels_last, on):
+    on(machine)
+    for c, h, k in ((32, 56, 31), (64, 28, 9), (64, 28, 29), (256, 14, 5), (512, 7, 13)):
+        base = case(what, 2, c, h, k, channels_last, onednn=onednn)
+        times = costs.expected(base)
+        assert set(times) == set(CPU_BACKENDS)
+        assert all(0 < time < 1e11 for time in times.values())
+        for change in (dict(b=4), dict(c=2 * c)):
+            more = costs.expected(base._replace(**change))
+            assert all(times[name] < more[name] < 2.01 * times[name] for name in times)
+        larger = costs.expected(base._replace(h=2 * h, w=2 * h))
+        # Four times the outputs, and in each more of the kernel meets an image: up to four times as much.
+        assert all(1.5 * times[name] < larger[name] < 16 * times[name] for name in times if what != 'weight gradient')
+        assert times['fft'] < larger['fft'] < 6 * times['fft']
+        # Two rows and columns more. Beyond its own program's widest kernel oneDNN may even be faster.
+        wider = costs.expected(base._replace(k=k + 2, l=k + 2))
+        assert all(times[name] <= wider[name] for name in times) or k == costs.WIDEST
+
+
+@pytest.mark.parametrize('machine', MACHINES)
+@pytest.mark.parametrize('what', PASSES)
+def test_a_transform_hardly_depends_on_the_kernel(machine, what, on):
+    """Not even where the transform gets longer by a sixth, for 51×51 on 56×56 after 31×31."""
+    on(machine)
+    small, large = (costs.expected(case(what, 4, 64, 56, k, True)) for k in (31, 51))
+    assert large['fft'] < 1.4 * small['fft']
+    assert all(large[name] > 2 * small[name] for name in CPU_BACKENDS if name != 'fft')
+
+
+@pytest.mark.parametrize('what', PASSES)
+def test_a_transform_that_is_there_is_saved(what, on):
+    """A third of the transforms of an output; less of a weight gradient, which has one more."""
+    on('AVX2')
+    base = case(what, 16, 64, 56, 31)
+    before, after = costs.expected(base), costs.expected(base, is_transformed=True)
+    assert before['fft'] / 3 < before['fft'] - after.pop('fft') < before['fft'] / 2 or what == 'weight gradient'
+    assert after.items() < before.items()
+    assert costs.expected(base, is_transformed=True)['fft'] < before['fft']
+
+
+# (machine, pass, (C, H, K, B, layout), the fastest measured: one of these)
+KNOWN = [
+    *((machine, what, (96, 56, 31, 4, layout), {'fft'})
+      for machine in ('AVX2', 'AVX-512') for what in PASSES for layout in ('contiguous', 'channels_last')),
+    *(('AVX-512', what, (64, 56, 51, 4, layout), {'fft'}) for what in PASSES for layout in ('contiguous', 'channels_last')),
+    *(('AVX2', what, (96, 56, 31, 1, 'channels_last'), {'fft'}) for what in PASSES),
+    *(('AVX2', what, (192, 28, 29, 4, 'channels_last'), {'fft'}) for what in PASSES),
+    ('AVX2', 'output', (384, 14, 27, 4, 'channels_last'), {'native', 'channels_last'}),
+    ('AVX2', 'output', (384, 14, 27, 4, 'contiguous'), {'channels_last'}),
+    ('AVX-512', 'output', (192, 28, 29, 1, 'channels_last'), {'native'}),
+    ('AVX-512', 'output', (384, 14, 27, 4, 'channels_last'), {'native'}),
+    ('AVX2', 'weight gradient', (384, 14, 5, 1, 'channels_last'), {'native'}),  # channels_last took 2.33 ms, native 0.54
+    *((machine, 'output', (c, h, 5, b, layout), {'native'})
+      for machine in ('AVX2', 'AVX-512') for c, h in ((96, 56), (192, 28), (384, 14)) for b in (1, 4)
+      for layout in ('contiguous', 'channels_last')),
+    *((machine, 'weight gradient', (c, h, k, 4, layout), {'fft'})
+      for machine in ('AVX2', 'AVX-512') for c, h, k in ((96, 56, 31), (192, 28, 29), (384, 14, 27))
+      for layout in ('contiguous', 'channels_last')),
+]
+
+
+@pytest.mark.parametrize('machine,what,shape,fastest', KNOWN, ids=str)
+def test_what_was_measured_to_be_fastest_is_chosen(machine, what, shape, fastest, on):
+    on(machine)
+    c, h, k, b, layout = shape
+    assert choose(what, image(b, c, h, layout=layout), k, k) in fastest
+
+
+@pytest.mark.parametrize('machine,k,name', [
+    ('AVX-512', 11, 'native'), ('AVX-512', 13, 'native'), ('AVX-512', 15, 'channels_last'),
+    ('AVX2', 9, 'native'), ('AVX2', 11, 'channels_last'), ('neither', 7, 'native'), ('neither', 9, 'channels_last')])
+def test_the_choice_follows_the_vector_length(machine, k, name, on):
+    on(machine)
+    assert choose('output', image(1, 64, 28), k, k) == name
+    assert choose('output', image(1, 64, 28, layout='channels_last'), k, k) == (
+        'contiguous' if (machine, k) == ('AVX-512', 13) else 'native')
+
+
+@pytest.mark.parametrize('machine', MACHINES)
+@pytest.mark.parametrize('without', ['at all', 'for the dtype', 'by request'])
+def test_the_choice_without_onednn(machine, without, on, monkeypatch):
+    on(machine)
+    if without == 'at all':
+        monkeypatch.setattr(choice, 'ONEDNN_DTYPES', frozenset())
+    x = image(1, 64, 28, dtype=torch.float64 if without == 'for the dtype' else torch.float32)
+    with torch.backends.mkldnn.flags(enabled=without != 'by request'):
+        for what in PASSES:
+            assert [choose(what, x, k, k) for k in (3, 7, 31)] == ['native', 'fft', 'fft']
+
+
+def test_half_precision_has_its_working_dtype(on, monkeypatch):
+    on('AVX-512')
+    assert choice.case_of('output', image(1, 64, 28, dtype=torch.bfloat16), 9, 9).itemsize == 4  # oneDNN lacks it
+    monkeypatch.setattr(choice, 'ONEDNN_DTYPES', frozenset([torch.float32, torch.bfloat16]))
+    assert choice.case_of('output', image(1, 64, 28, dtype=torch.bfloat16), 9, 9) == costs.Case(
+        'output', True, False, 2, 1, 64, 28, 28, 9, 9)
