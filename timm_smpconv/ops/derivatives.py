@@ -20,7 +20,6 @@ from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from . import private
 from .backends import fft
@@ -272,13 +271,13 @@ conv_op.register_autograd(_conv_backward, setup_context=_conv_context)
 corr_op.register_autograd(_corr_backward, setup_context=_corr_context)
 
 
-@register_flop_formula(torch.ops.timm_smpconv.depthwise_conv2d)
+@private.flop_formula(torch.ops.timm_smpconv.depthwise_conv2d)
 def _conv_flops(x_shape, weight_shape, *_, **__) -> int:
     """Of the direct convolution, as PyTorch counts `F.conv2d`, whatever computes it."""
     return 2 * math.prod(x_shape) * weight_shape[2] * weight_shape[3]
 
 
-@register_flop_formula(torch.ops.timm_smpconv.depthwise_corr2d)
+@private.flop_formula(torch.ops.timm_smpconv.depthwise_corr2d)
 def _corr_flops(grad_shape, x_shape, k, l, *_, **__) -> int:
     """Of the direct weight gradient."""
     return 2 * math.prod(x_shape) * k * l

@@ -3,6 +3,8 @@
 Every function looks its name up when it is called. If the name is gone, the function returns a safe default: the
 operators then use PyTorch's standard ones, which may be slower.
 """
+import importlib
+import logging
 from typing import Any, FrozenSet, Optional, Sequence
 
 import torch
@@ -94,3 +96,14 @@ def reordered_weight(
     if reorder is None:
         return None
     return reorder(weight.detach().contiguous().to_mkldnn(), padding, stride, dilation, groups, input_size)
+
+
+def flop_formula(operator: Any) -> Any:
+    """`torch.utils.flop_counter.register_flop_formula`, whose import warns where Triton is not installed."""
+    logger = logging.getLogger('torch.utils.flop_counter')
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        flop_counter = importlib.import_module('torch.utils.flop_counter')
+    finally:
+        logger.disabled = disabled
+    return flop_counter.register_flop_formula(operator)
