@@ -20,7 +20,6 @@ from timm_smpconv import prepack
 from timm_smpconv.ops import use_backend
 from timm_smpconv.ops.choice import ONEDNN_DTYPES
 
-
 DTYPES = {torch.float32: 'f32', torch.bfloat16: 'bf16'}
 
 
