@@ -149,7 +149,7 @@ def test_times_are_medians_and_slow_backends_have_no_part_in_the_rounds(clock):
 
 def test_a_median_of_rounds(clock):
     used = clock({'native': 1., 'channels_last': 1.5, 'fft': 1.2})
-    used.first['fft'] = [1.2, 1.2, 9, 2.0, 9, 1.1, 9, 1.4]  # 2 to warm up, then every other one is untimed
+    used.first['fft'] = [1.2, 1.2, 1.2, 9, 2.0, 9, 1.1, 9, 1.4]  # 3 to warm up, then every other one is untimed
     times = backends.measure(CASE).times
     assert times['fft'] == pytest.approx(1400) and times['native'] == pytest.approx(1000)
 
@@ -165,8 +165,14 @@ def test_results_are_checked_before_anything_is_timed(clock):
 def test_backends_take_turns_for_as_long_as_asked(clock):
     used = clock({'native': 0.030, 'channels_last': 0.032, 'fft': 0.034})
     backends.measure(CASE, seconds=1)
-    rounds = used.ran[2 * 3:]
+    rounds = used.ran[3 * 3:]
     assert rounds == [name for name in dict.fromkeys(used.ran) for _ in range(2)] * 5  # of 2 × 96 ms
+
+
+def test_a_backend_that_compiles_is_not_taken_for_a_slow_one(clock):
+    used = clock({'native': 0.001, 'channels_last': 0.001, 'fft': 0.001}, first={'native': [0.06, 0.04]})
+    assert backends.measure(CASE).times['native'] == pytest.approx(1)
+    assert used.ran.count('native') == 3 + 2 * 15
 
 
 def test_a_hopeless_backend_runs_once(clock):

@@ -29,9 +29,9 @@ __all__ = [
 SLOW = 3  # times slower than the fastest: not timed again
 SECONDS = 0.25  # that the rounds of a case take, about
 _ROUNDS = 3, 15  # at least and at most
-# Calls to warm up, and seconds after which one more is not worth it. oneDNN compiles for milliseconds in the first two:
-# the weight gradient of C 768, 7×7, 5×5 takes 13.2, 6.8, 2.1, 1.8 ms, then 1.5.
-_WARMUP, _WARM = 5, 0.05
+# Calls to warm up: 5, or 3 if they take 0.05 s. oneDNN compiles for milliseconds in the first two: the weight gradient
+# of C 768, 7×7, 5×5 takes 13.2, 6.8, 2.1, 1.8 ms, then 1.5. A call of 0.2 s does not do that in the main.
+_WARM, _LONG = 0.05, 0.2
 _clock = time.perf_counter
 
 Run = Callable[[], torch.Tensor]
@@ -263,7 +263,8 @@ def _times(runs: Dict[str, Run], seconds: float) -> Dict[str, float]:
     for name, compute in runs.items():
         best = min(warm.values(), default=math.inf)
         calls = [_time(compute)]
-        while len(calls) < _WARMUP and (sum(calls) < _WARM or (len(calls) == 1 and calls[0] <= SLOW * best)):
+        while len(calls) < 5 and (
+                sum(calls) < _WARM or (len(calls) < 3 and (calls[0] < _LONG or calls[0] <= SLOW * best))):
             calls.append(_time(compute))
         warm[name] = min(calls)
     running = [name for name in runs if warm[name] <= SLOW * min(warm.values())]
