@@ -11,6 +11,7 @@ from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
 from reference import conv_loop
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import BACKENDS, choice, use_backend
@@ -402,3 +403,31 @@ def test_a_plane_of_few_values_does_not_rule_out_a_transform():
     x[1, 2, 3, 4] = 1e4
     assert not fft.is_accurate(x, torch.randn(8, 1, 9, 9))
     assert not fft.is_accurate(x.half(), torch.randn(8, 1, 9, 9).half())
+
+
+@pytest.mark.parametrize('chosen', CPU_BACKENDS)
+@pytest.mark.parametrize('recorded', [False, True])
+def test_flops_are_those_of_the_direct_convolution(chosen, recorded, fastest):
+    """As PyTorch counts F.conv2d, whatever computes it; the gradients are two more of the same size."""
+    fastest(chosen)
+    x, weight, bias = (t.requires_grad_(recorded) for t in tensors(2, 4, 20, 18, 15, 9))
+    counts = []
+    for function in (exact, depthwise_conv2d):
+        with FlopCounterMode(display=False) as counter:
+            y = function(x, weight, bias)
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * y.numel() * 15 * 9] * 2
+
+
+@pytest.mark.parametrize('chosen', CPU_BACKENDS)
+@pytest.mark.parametrize('recorded,passes', [((0,), 1), ((1,), 1), ((2,), 0), ((0, 1, 2), 2)])
+def test_flops_of_gradients(chosen, recorded, passes, fastest):
+    """One pass for the input and one for the weight, each of the size of the output's."""
+    fastest(chosen)
+    inputs = tensors(2, 4, 20, 18, 15, 9)
+    for i in recorded:
+        inputs[i].requires_grad_()
+    y = depthwise_conv2d(*inputs)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == passes * 2 * y.numel() * 15 * 9

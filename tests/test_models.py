@@ -3,6 +3,7 @@ import copy
 import math
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from itertools import starmap
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import IMAGENET_MODELS, MODELS, TOLERANCE, difference, small_model
 from timm.layers import DropPath
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from timm_smpconv import SMPKernel
@@ -361,3 +363,14 @@ def test_layers_computed_again_use_the_backend_of_the_forward_pass(requested, im
     # The stem's convolution; the large and small one of five blocks, again; the gradients of all.
     gradients = ['gradients'] if requested == 'fft' else ['input_gradient', 'corr']
     assert Counter(calls) == {(requested, 'conv'): 1 + 5 * 2 * 2} | {(requested, g): 1 + 5 * 2 for g in gradients}
+
+
+@pytest.mark.parametrize('recorded', [False, True])
+def test_flops_of_a_model_do_not_depend_on_the_backends(recorded):
+    model, image = timm.create_model('smpconv_mobile31').eval(), torch.randn(1, 3, 224, 224)
+    counts = []
+    for context in (use_backend('native'), nullcontext()):
+        with torch.set_grad_enabled(recorded), context, FlopCounterMode(display=False) as counter:
+            model(image)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 2 * macs(model.to('meta'), (3, 224, 224))  # and what kernels are rendered by

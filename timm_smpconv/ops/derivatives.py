@@ -155,8 +155,8 @@ def _(grad, x, k, l, backend, dtype=None):
 
 
 def is_observed(grad: torch.Tensor) -> bool:
-    """Whether a graph, a subclass, a transform or a batched backward pass has to see what is computed from grad."""
-    if torch.is_grad_enabled() or type(grad) is not torch.Tensor:
+    """Whether a graph, a mode, a subclass, a transform or a batched pass has to see what is computed from grad."""
+    if torch.is_grad_enabled() or type(grad) is not torch.Tensor or private.dispatch_mode_active():
         return True
     return private.transforms_active() or private.is_batched(grad)
 
