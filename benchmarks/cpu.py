@@ -97,24 +97,6 @@ def growth(args):
     print(f'largest: {ratios[worst]:.2f}, {worst}')
 
 
-def pointwise_as_mm(model, image):
-    """A function that multiplies the matrices of the model's 1×1 convolutions and nothing else, a lower bound."""
-    products = []
-
-    def collect(module, inputs, output):
-        weight = module.weight.detach().flatten(1)
-        x = torch.randn(weight.shape[1], output[:, 0].numel(), dtype=weight.dtype)
-        products.append((weight, x, weight @ x))
-
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    pointwise = [m for m in convolutions if m.weight.shape[1:] == (m.in_channels, 1, 1)]
-    hooks = [m.register_forward_hook(collect) for m in pointwise]
-    model(image)
-    for hook in hooks:
-        hook.remove()
-    return lambda: [torch.mm(weight, x, out=out) for weight, x, out in products]
-
-
 def forward(args):
     """Forward passes of whole models against plain and convnext_tiny."""
     model = shaken(args.model)
@@ -150,9 +132,6 @@ def forward(args):
                     model(x)
 
             candidates = {'plain': plain}
-            for dtype in ('', ' bfloat16'):
-                network, image, _ = networks[f'merged contiguous{dtype}']
-                candidates[f'1×1 convolutions alone, by torch.mm{dtype}'] = pointwise_as_mm(network, image)
             candidates.update({n: lambda m=m, i=i: m(i) for n, (m, i, _) in networks.items()})
             report(f'forward, batch {batch}', paired(candidates, args.rounds, warmup=1))
 
@@ -236,10 +215,7 @@ def train(args):
             agree(f'the loss of {name}', step(), first, 1e-4)
         for layout in FORMATS:
             steps[f'convnext_tiny {layout}'] = training_step('convnext_tiny', layout, batch)
-        with torch.no_grad():
-            multiply = pointwise_as_mm(timm.create_model(args.model), torch.randn(batch, 3, 224, 224))
-        steps['1×1 convolutions alone, by torch.mm, 3 times'] = lambda: [multiply() for _ in range(3)]
-        report(f'training step, batch {batch}', paired(steps, args.rounds, warmup=2))
+        report(f'training step, batch {batch}', paired(steps, args.rounds, warmup=1))
 
 
 def memory(args):

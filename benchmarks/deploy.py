@@ -17,6 +17,7 @@ from timm.utils import reparameterize_model
 from benchmarks.cpu import shaken
 from benchmarks.timing import agree, machine, paired
 from timm_smpconv import prepack
+from timm_smpconv.merged import MergedConv2d
 from timm_smpconv.ops import use_backend
 from timm_smpconv.ops.choice import ONEDNN_DTYPES
 
@@ -24,9 +25,10 @@ DTYPES = {torch.float32: 'f32', torch.bfloat16: 'bf16'}
 
 
 def engines(merged, batch, folder):
-    """Functions from nothing to logits: one merged model in the engines people deploy with, on one batch of images.
+    """A batch of images, and functions from nothing to logits: one merged model in the engines people deploy with.
 
-    bfloat16 is left out where the CPU does not compute it.
+    And for each dtype the milliseconds of all convolutions, each alone by its fastest way: what eager code could reach
+    if nothing else took time and every weight were in the cache. bfloat16 is left out where the CPU has none.
     """
     dtypes = [dtype for dtype in DTYPES if dtype in ONEDNN_DTYPES]
     image = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
@@ -34,13 +36,15 @@ def engines(merged, batch, folder):
     torch.onnx.export(
         merged, (torch.randn(2, 3, 224, 224),), path, input_names=['image'], output_names=['logits'], dynamo=True,
         dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=1024)}}, verbose=False)
-    runs = {}
+    runs, convolutions = {}, {}
     for dtype in dtypes:
         model = deepcopy(merged).to(dtype, memory_format=torch.channels_last)
         x = image.to(dtype, memory_format=torch.channels_last)
         networks = {
             'eager': model, 'prepacked': prepack(deepcopy(model)), 'prepacked with images': prepack(deepcopy(model), x),
             'compiled': torch.compile(deepcopy(model))}
+        convolutions[dtype] = sum(
+            m.packed.milliseconds for m in networks['prepacked with images'].modules() if isinstance(m, MergedConv2d))
         if dtype == torch.float32:
             for layout in (torch.contiguous_format, torch.channels_last):
                 networks[f'convnext_tiny, {str(layout)[6:].removesuffix("_format")},'] = timm.create_model(
@@ -59,7 +63,7 @@ def engines(merged, batch, folder):
             'INFERENCE_NUM_THREADS': torch.get_num_threads()})
         request = compiled.create_infer_request()
         runs[f'OpenVINO {str(dtype)[6:]}'] = lambda r=request: torch.from_numpy(r.infer({0: image.numpy()})[0])
-    return image, runs
+    return image, runs, convolutions
 
 
 def deploy(name, batch, rounds):
@@ -67,7 +71,7 @@ def deploy(name, batch, rounds):
     model = shaken(name)
     merged = reparameterize_model(model)
     with TemporaryDirectory() as folder, torch.no_grad(), torch._inductor.config.patch(freezing=True):
-        image, runs = engines(merged, batch, folder)
+        image, runs, convolutions = engines(merged, batch, folder)
 
         def plain():
             with use_backend('native'):
@@ -79,6 +83,8 @@ def deploy(name, batch, rounds):
             if 'convnext' not in n}
         times = paired({'plain': plain, **runs}, rounds, warmup=1)
     print(f'\nmerged {name}, batch {batch}')
+    for dtype, alone in convolutions.items():
+        print(f'  every convolution alone, its fastest way, {str(dtype)[6:]}: {alone:.1f} ms')
     for engine, t in sorted(times.items(), key=lambda item: -item[1]):
         logits = f'   logits differ by {found[engine]:.1e} relative' if engine in found else ''
         print(f'  {engine:38} {t:9.1f} ms   plain / this {times["plain"] / t:6.2f}{logits}', flush=True)

@@ -1,4 +1,4 @@
-"""Which backend computes a convolution: the requested one, or one selected by benchmark rules or by a count.
+"""Which backend computes a convolution: the requested one, the cheapest by `costs`, or the winner of a `race`.
 
 Shapes: B batch, C channels, H and W height and width, K and L height and width of the kernel.
 """
@@ -185,7 +185,7 @@ def prefers_transform(
         groups: int,
         keeps: bool,
 ) -> bool:
-    """Whether a convolution over channels is cheaper by FFT than directly: output and gradients, by counting.
+    """Whether a convolution over channels is expected to take less time by FFT than directly: output and gradients.
 
     Args:
         x: (B, I, *L).
@@ -204,11 +204,13 @@ def prefers_transform(
     frequencies //= 2
     transformed = batch * (inputs + outputs) + (0 if keeps else outputs * per_group)
     if x.device.type == 'cpu':
-        # In multiplications of a direct convolution, 0.028 ns each on one core with AVX2: a complex product, an entry
-        # of a spectrum there and back, a call. Output and gradients, direct and by FFT, ms:
+        # A complex product costs 7 multiplications, an entry of a spectrum 50 units of a transform, there and back, and
+        # a call 0.3 ms. Output and gradients on one core with AVX2, direct and by FFT, ms:
         # (64, 48, 32, 32), 3×3: 139, 304, 5×5: 301, 334; batch 16, 9×9: 246, 118; batch 1, 33×33: 522, 156;
         # (64, 30, 784), 5 taps: 35, 77, 20: 209, 90; batch 1, 60: 13, 18, 784: 181, 31.
-        return direct > frequencies * (7 * products + 350 * len(before) * transformed) + 1e7 * groups
+        rates = costs.rates()
+        spectra = 7 * rates.dense * products + 50 * rates.transform * len(before) * transformed
+        return rates.dense * direct > frequencies * spectra + 3e5 * groups
     # No GPU has timed it. It is chosen where a direct convolution is hopeless: 10 times the arithmetic.
     return direct > 10 * frequencies * (4 * products + 60 * transformed)
 

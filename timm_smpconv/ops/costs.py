@@ -24,7 +24,8 @@ _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 # 4, contiguous: with AVX-512 13×13 takes 6.1 ms and 15×15 61, with AVX2 9×9 0.9 and 11×11 25, without 7×7 4.3, 9×9 21.
 WIDEST = {'AVX512': 13, 'AVX2': 9}.get(_CAPABILITY, 7)
 _LANES = {'AVX512': 16, 'AVX2': 8}.get(_CAPABILITY, 4)
-# oneDNN's direct gradient of the input in channels_last, in times of the output's.
+# oneDNN's direct gradient of the input, in times of the output's: with a wide kernel, and in channels_last.
+_WIDE_GRADIENT = {'AVX512': 2.1}.get(_CAPABILITY, 1.2)
 _DIRECT_GRADIENT = {'AVX512': 1.7}.get(_CAPABILITY, 0.9)
 
 
@@ -138,9 +139,13 @@ _CALL, _CORR_CALL, _FFT_CALL = 7e4, 1.2e5, 1.3e5
 
 
 def _multiplications(case: Case) -> float:
-    """Taps of all outputs that meet no padding, and a few for what a tap-free output costs."""
+    """Taps of all outputs that meet no padding, and a few for what a tap-free output costs.
+
+    Of the columns of a wide kernel that meet nothing but padding, a fifth is not skipped.
+    """
     m, n = case.k // 2, case.l // 2
-    taps = (case.k - m * (m + 1) / case.h) * (case.l - n * (n + 1) / case.w) + 5.5
+    skipped = n * (n + 1) / case.w * (0.8 if case.l > WIDEST else 1)
+    taps = (case.k - m * (m + 1) / case.h) * (case.l - skipped) + 5.5
     return case.b * -(-case.c // _LANES) * _LANES * case.h * case.w * taps
 
 
@@ -174,7 +179,7 @@ def expected(case: Case, is_transformed: bool = False) -> Dict[str, float]:
         call, planes = _FFT_CALL, (2 * case.b + 1.2) * case.c
     if is_transformed:
         planes -= case.b * case.c
-    flip = 1.1 * case.c * case.k * case.l if case.what == 'input gradient' else 0.
+    flip = 0.6 * case.c * case.k * case.l if case.what == 'input gradient' else 0.
     own = case.channels_last
     transformed = call + r.transform * _units(case) * planes + (2 * r.copy * entries if own or case.itemsize < 4 else 0)
     times = {
@@ -183,10 +188,14 @@ def expected(case: Case, is_transformed: bool = False) -> Dict[str, float]:
         'channels_last': direct[True] + (0 if own else swap) + flip,
         'fft': transformed + flip,
     }
-    if case.what == 'input gradient':  # by a program of its own
-        times['native'] = _CALL + r.narrow * _multiplications(case) * (
-            2.4 if case.l > WIDEST else _DIRECT_GRADIENT if own else 1.7)
-        times['native'] = times['native'] if case.onednn else direct[own]
+    if case.what == 'input gradient' and case.onednn:  # a program of its own
+        if case.l > WIDEST:
+            rate = _WIDE_GRADIENT * r.wide
+        elif own:
+            rate = _DIRECT_GRADIENT * r.narrow
+        else:
+            rate = (1.7 if case.l > 9 or _LANES < 16 else 1.2) * r.narrow
+        times['native'] = _CALL + rate * _multiplications(case)
     return times
 
 
@@ -212,4 +221,4 @@ def _direct_corr(case: Case, r: Rates, channels_last: bool) -> float:
         rate *= 2.3
     elif case.k // 2 > case.h / 3 or case.l // 2 > case.w / 3:  # oneDNN's own program excludes such margins
         rate *= 5
-    return _CORR_CALL + rate * _products(case)
+    return _CORR_CALL + rate * _products(case) + (10 * case.c * case.k * case.l if channels_last else 0)

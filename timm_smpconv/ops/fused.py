@@ -56,18 +56,23 @@ class PackedWeight:
 
     def __init__(self):
         self._kept = None
-        self._fastest: Dict[Tuple, str] = {}
+        self._fastest: Dict[Tuple, Tuple[str, float]] = {}
 
     def __getstate__(self) -> Dict[str, Any]:
         return {'_kept': None, '_fastest': {}}
 
     def fastest(self, x: torch.Tensor) -> Optional[str]:
         """The way that was the fastest for such an input, None if it was not measured."""
-        return self._fastest.get(_kind(x))
+        return self._fastest.get(_kind(x), (None, 0.))[0]
 
-    def remember(self, x: torch.Tensor, way: str) -> None:
+    def remember(self, x: torch.Tensor, way: str, milliseconds: float) -> None:
         """Compute such inputs this way from now on."""
-        self._fastest[_kind(x)] = way
+        self._fastest[_kind(x)] = way, milliseconds
+
+    @property
+    def milliseconds(self) -> float:
+        """What the fastest ways take, of all inputs that were measured."""
+        return sum(time for _, time in self._fastest.values())
 
     def of(
             self,
@@ -196,7 +201,8 @@ def measure(
             found.append(1e3 * (time.perf_counter() - start))
     medians = {way: sorted(found)[len(found) // 2] for way, found in times.items() if found}
     if medians:
-        packed.remember(x, min(medians, key=medians.__getitem__))
+        fastest = min(medians, key=medians.__getitem__)
+        packed.remember(x, fastest, medians[fastest])
     return medians
 
 
