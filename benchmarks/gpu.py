@@ -15,8 +15,7 @@ from timm.utils import reparameterize_model
 import timm_smpconv  # noqa: F401 (registers the models)
 from benchmarks.timing import agree
 from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
-from timm_smpconv.ops.backends import subquadratic, triton
-from timm_smpconv.ops.backends.table import Backend
+from timm_smpconv.ops.backends import RACED
 
 SHAPES = {  # (C, H, K): of the design, and of mobile51's stages
     'A': (128, 56, 31), 'B': (256, 28, 29), 'C': (512, 14, 27), 'D': (1024, 7, 13), 'E': (124, 56, 51),
@@ -28,10 +27,7 @@ DTYPES = {  # and whether PyTorch computes products of float32 in tf32
 TOLERANCE = {'float32': 1e-5, 'tf32': 4e-3, 'bfloat16': 2e-2, 'float16': 4e-3}
 BYTES_PER_MS = 4.3e9  # of an H200, as below
 FLOP_PER_MS = {'float32': 6.0e10, 'tf32': 3.9e11, 'bfloat16': 7.9e11, 'float16': 7.9e11}
-# Backends that are only raced.
-RACED = {
-    **{name: Backend(*variant) for name, variant in triton.VARIANTS.items()},
-    'subquadratic': Backend(subquadratic.conv, subquadratic.corr, subquadratic.unsupported)}
+ONLY_RACED = {name: backend for name, backend in RACED.items() if name not in BACKENDS}
 PASSES = ('output', 'input gradient', 'weight gradient')
 
 
@@ -58,7 +54,7 @@ def toeplitz(x, weight):
 def ways(x):
     """What is raced for x: name → function of x and weight, and the memory format of x."""
     found = {}
-    for name in ('triton', *RACED, 'fft'):
+    for name in ('triton', *ONLY_RACED, 'fft'):
         if BACKENDS[name].unsupported(x) is None:
             found[name] = forced(name), torch.contiguous_format
     found['native'] = forced('native'), torch.contiguous_format
@@ -168,7 +164,7 @@ def main():
     if not torch.cuda.is_available():
         parser.error('there is no GPU')
     args.device = 'cuda'
-    BACKENDS.update(RACED)
+    BACKENDS.update(ONLY_RACED)
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}, timm {timm.__version__}, '
           f'Python {platform.python_version()}')
     for section in args.sections or SECTIONS:
