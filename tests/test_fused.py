@@ -2,7 +2,11 @@
 import contextlib
 import copy
 import io
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,3 +332,32 @@ def test_threads_share_a_prepacked_model():
 def test_an_unmerged_model_cannot_be_prepacked():
     with pytest.raises(ValueError, match=r'model must be merged \(timm.utils.reparameterize_model\), got SMPConvNet'):
         prepack(small_model())
+
+
+@pytest.mark.parametrize('isa', ['AVX2', 'ALL'])
+def test_onednn_has_no_reference_program_behind_what_is_fused(isa):
+    """`ONEDNN_VERBOSE=1` prints the program of every call. Reference programs are loops, 100 times slower."""
+    code = '''
+import sys, torch
+from timm_smpconv.ops import fused
+sys.path.insert(0, sys.argv[1])
+from test_fused import GEOMETRIES, make
+fused.ENABLED = True
+with torch.no_grad():
+    for geometry in GEOMETRIES:
+        for activation, adds in (('none', False), ('gelu', False), ('none', True)):
+            x, weight, bias, rest = make(geometry, 2)
+            y = fused.fused_conv2d(x, weight, bias, **rest)
+            fused.fused_conv2d(
+                x, weight, bias, **rest, activation=activation, residual=y if adds else None,
+                packed=fused.PackedWeight())
+'''
+    root = Path(__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, '-c', code, str(root / 'tests')], cwd=root, capture_output=True, text=True,
+        env=dict(os.environ, ONEDNN_VERBOSE='1', ONEDNN_MAX_CPU_ISA=isa, PYTHONPATH=str(root)))
+    assert result.returncode == 0, result.stderr
+    fused_calls = [line for line in result.stdout.splitlines() if 'exec' in line and 'post-ops' in line]
+    programs = {tuple(line.split(',')[5:7]) for line in fused_calls}  # ('convolution', 'brgconv_1x1:avx2'), say
+    assert {kind for kind, _ in programs} >= {'convolution'}
+    assert not [program for _, program in programs if 'ref' in program], programs

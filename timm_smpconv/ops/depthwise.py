@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import private
+from . import private, race
 from .backends import BACKENDS, native
-from .choice import check_backend, choose, races, requested_backend
+from .choice import check_backend, choose, requested_backend
 from .derivatives import Conv, conv
 
 __all__ = ['depthwise_conv2d']
@@ -76,11 +76,11 @@ def depthwise_conv2d(
     if is_exporting():
         check_exportable(backend)
         return native.conv(x, weight, bias)
-    raced = races(x, backend)
+    compiling = torch.compiler.is_compiling()
+    raced = backend is None and (race.is_wanted(x) if compiling else race.is_allowed(x))
     if backend == 'native' or (backend is None and device_type != 'cpu' and not raced):
         return native.conv(x, weight, bias)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    compiling = torch.compiler.is_compiling()
     if not compiling and (recorded or private.transforms_active()):
         return Conv.apply(x, weight, bias, backend)
     # Compilers and dispatch modes see standard operators, except where the choice depends on values, which may be fake,

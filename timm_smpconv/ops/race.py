@@ -156,12 +156,21 @@ def is_allowed(x: torch.Tensor) -> bool:
     other than the device sees the operators: a compiler, fake tensors, subclasses, dispatch modes, `torch.func`.
     """
     return (
-        torch.backends.cudnn.benchmark and _is_on_cuda(x)
-        and not torch.backends.cudnn.deterministic and not torch.are_deterministic_algorithms_enabled()
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        is_wanted(x) and type(x) in (torch.Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
         and not private.dispatch_mode_active() and not private.transforms_active() and not private.is_batched(x)
     )
+
+
+def is_wanted(x: torch.Tensor) -> bool:
+    """`is_allowed`, whatever sees the operators: a compiler does, whose code calls an operator that races."""
+    return _is_on_cuda(x) and _is_switched_on()
+
+
+@torch.compiler.assume_constant_result
+def _is_switched_on() -> bool:
+    deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    return torch.backends.cudnn.benchmark and not deterministic
 
 
 def make_key(what: str, x: torch.Tensor, k: int, l: int, grad: Optional[torch.Tensor] = None) -> Key:
