@@ -26,7 +26,7 @@ WIDEST = {'AVX512': 13, 'AVX2': 9}.get(_CAPABILITY, 7)
 _LANES = {'AVX512': 16, 'AVX2': 8}.get(_CAPABILITY, 4)
 # oneDNN's direct gradient of the input, in times of the output's: with a wide kernel, and in channels_last.
 _WIDE_GRADIENT = {'AVX512': 2.1}.get(_CAPABILITY, 1.1)
-_DIRECT_GRADIENT = {'AVX512': 1.7}.get(_CAPABILITY, 1.05)
+_DIRECT_GRADIENT = {'AVX512': 1.7}.get(_CAPABILITY, 0.97)
 
 
 class Rates(NamedTuple):
@@ -181,15 +181,15 @@ def expected(case: Case, is_transformed: bool = False) -> Dict[str, float]:
     if case.what == 'weight gradient':
         direct = {format: _direct_corr(case, r, format) for format in (False, True)}
         swap *= 2  # there are two maps
-        call, planes = 2.2 * _FFT_CALL, 1.25 * (2 * case.b + 1) * case.c
+        call, planes, rest = 2.2 * _FFT_CALL, 1.35 * (2 * case.b + 1) * case.c, 1500
     else:
         direct = {format: _direct(case, r, format) for format in (False, True)}
-        call, planes = _FFT_CALL, (2 * case.b + 1.2) * case.c
+        call, planes, rest = _FFT_CALL, 1.05 * (2 * case.b + 1.2) * case.c, 0
     if is_transformed:
         planes -= case.b * case.c
     flip = 0.6 * case.c * case.k * case.l if case.what == 'input gradient' else 0.
     own = case.channels_last
-    transformed = call + r.transform * _units(case) * planes + (2 * r.copy * entries if own or case.itemsize < 4 else 0)
+    transformed = call + r.transform * (_units(case) + rest) * planes + (2 * r.copy * entries if own or case.itemsize < 4 else 0)
     times = {
         'native': direct[own],
         'contiguous': direct[False] + (swap if own else 0) + flip,
@@ -229,4 +229,4 @@ def _direct_corr(case: Case, r: Rates, channels_last: bool) -> float:
         rate *= 2.3
     elif case.k // 2 > case.h / 3 or case.l // 2 > case.w / 3:  # oneDNN's own program excludes such margins
         rate *= 5
-    return _CORR_CALL + rate * _products(case) + (30 * case.c * case.k * case.l if channels_last else 0)
+    return _CORR_CALL + rate * _products(case) + (12 * case.c * case.k * case.l if channels_last else 0)
