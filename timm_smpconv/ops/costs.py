@@ -189,7 +189,9 @@ def expected(case: Case, is_transformed: bool = False) -> Dict[str, float]:
         planes -= case.b * case.c
     flip = 0.6 * case.c * case.k * case.l if case.what == 'input gradient' else 0.
     own = case.channels_last
-    transformed = call + r.transform * (_units(case) + rest) * planes + (2 * r.copy * entries if own or case.itemsize < 4 else 0)
+    transformed = call + r.transform * (_units(case) + rest) * planes
+    if own or case.itemsize < 4:
+        transformed += 2 * r.copy * entries
     times = {
         'native': direct[own],
         'contiguous': direct[False] + (swap if own else 0) + flip,
