@@ -1,4 +1,4 @@
-"""Which backend computes a convolution: the requested one, or one selected by benchmark rules or by a count.
+"""Which backend computes a convolution: the requested one, or the one that is expected or found to be the fastest.
 
 Shapes: B batch, C channels, H and W height and width, K and L height and width of the kernel.
 """

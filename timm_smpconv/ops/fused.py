@@ -146,7 +146,7 @@ def fused_conv2d(
     if not _is_free(inputs, x):
         return conv2d_in_steps(x, weight, bias, stride, padding, dilation, groups, activation, residual)
     way = None if packed is None else packed.fastest(x)
-    if way is None:
+    if way is None or way not in _ways(x, weight, geometry, residual):  # measured with another residual
         way = _expected_fastest(x, weight, geometry, residual, packed)
     return _compute(way, x, weight, bias, geometry, activation, residual, packed)
 
@@ -171,8 +171,10 @@ def measure(
     if not _is_free([t for t in (x, weight, bias, residual) if t is not None], x):
         return {}
     geometry = _Geometry(stride, padding, dilation, groups)
-    expected = conv2d_in_steps(
-        x, weight, bias, stride, padding, dilation, groups, activation, residual, 'native').float()
+    # In float32 at least: there are convolutions in bfloat16 that never return.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    tensors = [t if t is None else t.to(wide) for t in (x, weight, bias, residual)]
+    expected = conv2d_in_steps(*tensors[:3], *geometry, activation, tensors[3], 'native')
     limit = (1e-4 if x.element_size() > 2 else 5e-2) * expected.abs().amax()
     times: Dict[str, List[float]] = {}
     keeper = PackedWeight()
@@ -253,6 +255,8 @@ def _is_free(inputs: List[torch.Tensor], x: torch.Tensor) -> bool:
     if choice.requested_backend() is not None:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return False
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in inputs):
         return False
     return all(t.dtype == x.dtype and t.device == x.device for t in inputs)
 
@@ -357,6 +361,7 @@ def _compute(
         return _finish(fft.conv(x, weight, bias, kernel), activation, residual)
     fused = 'gelu' if activation == 'gelu' else 'none'
     adds = residual is not None and activation == 'none'
+    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its strides
     if way == 'matrix product':
         return _product(x, weight, bias, fused, activation, residual, packed)
     stride, padding, dilation, groups = geometry
