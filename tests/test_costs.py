@@ -140,6 +140,17 @@ def test_each_thread_has_the_rates_of_its_own_number_of_threads(monkeypatch):
     assert ask(1) == costs.FIXED
 
 
+def test_the_number_of_new_threads_is_as_before(measured):
+    """`set_num_threads` is of the calling thread and of all that start later."""
+    with threads(2), ThreadPoolExecutor(1) as pool:
+        pool.submit(torch.set_num_threads, 1).result()
+        costs.rates()
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 1
+    assert measured == [2]
+
+
 SCALED = [
     (dict.fromkeys(costs.Rates._fields, 1), True),
     (dict.fromkeys(costs.Rates._fields, 0.2), True),  # a faster machine
@@ -164,7 +175,6 @@ def test_implausible_measurements_are_not_taken(scale, is_taken, monkeypatch):
     assert costs.rates() == (found if is_taken else costs.FIXED)
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
 def test_a_measurement_that_fails_is_not_repeated(monkeypatch):
     calls = []
 
@@ -176,6 +186,15 @@ def test_a_measurement_that_fails_is_not_repeated(monkeypatch):
     monkeypatch.setattr(costs, '_measure', measure)
     assert costs.rates() == costs.rates() == costs.FIXED
     assert len(calls) == 1
+
+
+def test_without_a_thread_nothing_is_measured(measured, monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, 'start', start)
+    assert costs.rates() == costs.FIXED
+    assert not measured
 
 
 def test_deterministic_algorithms_measure_nothing(measured):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TOLERANCE, difference, small_model
 from timm.utils import reparameterize_model
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -361,3 +362,23 @@ with torch.no_grad():
     programs = {tuple(line.split(',')[5:7]) for line in fused_calls}  # ('convolution', 'brgconv_1x1:avx2'), say
     assert {kind for kind, _ in programs} >= {'convolution'}
     assert not [program for _, program in programs if 'ref' in program], programs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_a_bias_with_strides(geometry):
+    """oneDNN takes a bias for contiguous."""
+    x, weight, bias, rest = make(geometry)
+    for strided in (bias[:, None].repeat(1, 3)[:, 1], bias[:1].expand_as(bias)):
+        y = fused_conv2d(x, weight, strided, **rest)
+        assert difference(y, exact(x, weight, strided, rest)) < TOLERANCE[torch.float32]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_fake_tensors_outside_their_mode(geometry):
+    mode = FakeTensorMode()
+    x, weight, bias, rest = make(geometry)
+    fake = [mode.from_tensor(t) for t in (x, weight, bias)]
+    y = fused_conv2d(*fake, **rest, packed=fused.PackedWeight())
+    assert y.shape == exact(x, weight, bias, rest).shape and isinstance(y, FakeTensor)

@@ -16,7 +16,7 @@ from timm.utils import reparameterize_model
 from timm_smpconv import prepack
 from timm_smpconv.layers import ConvNorm, RepSMPConv2d
 from timm_smpconv.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
-from timm_smpconv.ops import dense, fused
+from timm_smpconv.ops import dense, fused, use_backend
 
 ACTIVATIONS = {'none': lambda y: y, 'relu': torch.relu, 'gelu': F.gelu}
 
@@ -96,9 +96,9 @@ def test_the_fastest_way_is_taken_and_right(kind, memory_format, ways, activatio
         clock.seen.clear()
         for _ in range(2):
             assert difference(conv(x), exact(conv, x)) < 2 * TOLERANCE[torch.float32]
+        assert set(clock.seen) == {fastest}
         residual = torch.randn(conv(x).shape).contiguous(memory_format=memory_format)
         assert difference(conv(x, residual), exact(conv, x, residual)) < 2 * TOLERANCE[torch.float32]
-        assert set(clock.seen) == {fastest}
 
 
 @torch.no_grad()
@@ -123,6 +123,58 @@ def test_measured_for_such_inputs_alone(clock):
     clock.seen.clear()
     conv(x)
     assert set(clock.seen) != {'contiguous'}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('fastest', ['matrix product', 'one pass'])
+@pytest.mark.parametrize('shape', [(1, 24, 9, 7), (1, 24, 1, 1), (9, 7), (2, 3, 24, 9, 7)])
+def test_measured_without_such_a_residual(shape, fastest, clock):
+    """A residual that is broadcast, or broadcasts, does not go with every way."""
+    conv, x = convolution('pointwise')
+    x = x.contiguous(memory_format=torch.channels_last)
+    clock.seconds = {fastest: 0.5}
+    prepack(conv, x)
+    residual = torch.randn(shape)
+    assert difference(conv(x, residual), exact(conv, x, residual)) < TOLERANCE[torch.float32]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_narrow_bfloat16_is_not_convolved_by_onednn(memory_format, monkeypatch):
+    """Such convolutions never return: see `choice.working_dtype`."""
+    conv2d = F.conv2d
+
+    def checked(x, *args, **kwargs):
+        assert x.dtype != torch.bfloat16
+        return conv2d(x, *args, **kwargs)
+
+    x = torch.randn(1, 8, 32, 32).contiguous(memory_format=memory_format)
+    conv = MergedConv2d(8, 8, 15, padding=7, groups=8).eval().bfloat16()
+    monkeypatch.setattr(F, 'conv2d', checked)
+    prepack(conv, x.bfloat16())
+    assert [way for way, _ in conv.packed._fastest.values()] == ['fft']
+
+
+@torch.no_grad()
+def test_arguments_by_name(clock):
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = convolution('depthwise')[0]
+
+        def forward(self, x):
+            return self.conv(residual=x, x=x)
+
+    model, x = Named().eval(), convolution('depthwise')[1]
+    assert difference(prepack(model, x)(x), exact(model.conv, x, x)) < TOLERANCE[torch.float32]
+    assert len(model.conv.packed._fastest) == 1
+
+
+def test_what_cannot_be_measured_is_not_measured_later():
+    conv = MergedLargeConv2d(3, 5, (9, 17)).eval()
+    with use_backend('native'):
+        prepack(conv, torch.randn(2, 3, 8, 11))
+    assert not conv.packed.is_measuring
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Shapes: B batch, C channels, H and W height and width, L length, K kernel size.
 """
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generator, Optional, Tuple, Union, cast
+from typing import Any, Dict, Generator, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -361,20 +361,24 @@ def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Modul
             module.packed = PackedWeight() if isinstance(module, MergedConv2d) else PackedKernel()
     if images is not None:
         with torch.no_grad():
-            hooks = [module.register_forward_pre_hook(_measure) for module in merged]
+            hooks = [module.register_forward_pre_hook(_measure, with_kwargs=True) for module in merged]
             try:
                 model(images)
             finally:
                 for hook in hooks:
                     hook.remove()
+                for module in merged:
+                    if isinstance(module.packed, PackedKernel):
+                        module.packed.is_measuring = False
     return model
 
 
-def _measure(module: Any, args: Tuple[torch.Tensor, ...]) -> None:
+def _measure(module: Any, args: Tuple[torch.Tensor, ...], kwargs: Dict[str, torch.Tensor]) -> None:
     """A forward pre-hook: time the ways to compute this convolution, and remember the fastest."""
     if isinstance(module, MergedConv2d):
+        inputs = dict(zip(('x', 'residual'), args), **kwargs)
         measure(
-            cast(PackedWeight, module.packed), args[0], module.weight, module.bias, module.stride, module.padding,
-            module.dilation, module.groups, module.activation, *args[1:])
+            cast(PackedWeight, module.packed), inputs['x'], module.weight, module.bias, module.stride, module.padding,
+            module.dilation, module.groups, module.activation, inputs.get('residual'))
     else:
         module.packed.is_measuring = True

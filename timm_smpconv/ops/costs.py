@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Dict, List, NamedTuple
 
 import torch
@@ -75,12 +76,14 @@ def rates() -> Rates:
     with _lock:
         if threads not in _measured:
             start = time.perf_counter()
-            found: List[Rates] = []
-            # A thread of its own has no autocast, no dispatch mode, no transform and no recorded graph.
-            worker = threading.Thread(target=lambda: found.append(_measure(threads)))
-            worker.start()
-            worker.join()
-            _measured[threads] = found[0] if found and _is_plausible(found[0]) else FIXED
+            try:
+                # A thread of its own has no autocast, no dispatch mode, no transform and no recorded graph.
+                with ThreadPoolExecutor(1) as pool:
+                    found = pool.submit(_measure_with, threads).result()
+            except RuntimeError as error:  # no memory or no thread, as when the interpreter shuts down
+                _logger.debug('nothing was measured for %d threads: %s', threads, error)
+                return _measured.setdefault(threads, FIXED)
+            _measured[threads] = found if _is_plausible(found) else FIXED
             _logger.debug(
                 'measured in %.0f ms for %d threads: %s, used: %s', 1e3 * (time.perf_counter() - start), threads, found,
                 _measured[threads])
@@ -93,10 +96,18 @@ def _is_plausible(found: Rates) -> bool:
     return max(times) < 6 * min(times) and max(times) < 10
 
 
-def _measure(threads: int) -> Rates:
+def _measure_with(threads: int) -> Rates:
+    usual = torch.get_num_threads()  # of new threads, which `set_num_threads` changes too
     torch.set_num_threads(threads)
-    # When this is freed, glibc raises its limits, as in any process that has computed with large tensors: it no longer
-    # returns the memory of smaller ones to the system. Otherwise a transform takes twice as long.
+    try:
+        return _measure(threads)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def _measure(threads: int) -> Rates:
+    # When this is freed, glibc raises its limits, as in a process that has computed with large tensors: it no longer
+    # returns the memory of smaller ones to the system.
     torch.empty(30 * 2 ** 20, dtype=torch.uint8, device='cpu')
     wide = Case('output', True, True, 4, 1, 64, 28, 28, 29, 29)
     narrow = wide._replace(b=4, k=5, l=5)

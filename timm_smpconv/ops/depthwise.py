@@ -34,11 +34,11 @@ def depthwise_conv2d(
         weight: (C, 1, K, L) with odd K and L.
         bias: (C,).
         backend: 'native', 'contiguous', 'channels_last', 'fft' or 'triton' for this call and its gradients. Defaults to
-            the backend set by `use_backend`, otherwise to the one expected to be the fastest on CPUs, to the winner of
-            a race on CUDA if `torch.backends.cudnn.benchmark` is on, and to 'native' elsewhere. The errors of 'fft' are
-            relative to the largest value of each plane (H, W); on CPUs it is never selected where that matters. Exact
-            zeros in a weight gradient are exact in all backends; those in the output and in the input gradient are
-            rounding noise with 'fft'.
+            the backend set by `use_backend`, otherwise to the one expected to be the fastest on CPUs, see `ops.costs`;
+            on CUDA with `torch.backends.cudnn.benchmark` to the one found to be the fastest, see `ops.race`; else to
+            'native'. The errors of 'fft' are relative to the largest value of each plane (H, W); on CPUs it is never
+            selected where that matters. Exact zeros in a weight gradient are exact in all backends; those in the output
+            and in the input gradient are rounding noise with 'fft'.
 
     Returns:
         (B, C, H, W).

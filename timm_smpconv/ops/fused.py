@@ -37,7 +37,7 @@ ENABLED = torch.backends.cpu.get_cpu_capability() in ('AVX512', 'AVX2')
 _DTYPES = choice.ONEDNN_DTYPES & {torch.float32, torch.bfloat16}
 _convolve: Any = private.pointwise_convolution()
 _multiply: Any = private.pointwise_linear()
-_ROUNDS = 5  # of `measure`, after a warm-up
+_ROUNDS = 5  # of `measure`
 
 
 class _Geometry(NamedTuple):
@@ -61,13 +61,13 @@ class PackedWeight:
     def __getstate__(self) -> Dict[str, Any]:
         return {'_kept': None, '_fastest': {}}
 
-    def fastest(self, x: torch.Tensor) -> Optional[str]:
+    def fastest(self, x: torch.Tensor, residual: Optional[torch.Tensor]) -> Optional[str]:
         """The way that was the fastest for such an input, None if it was not measured."""
-        return self._fastest.get(_kind(x), (None, 0.))[0]
+        return self._fastest.get(_kind(x, residual), (None, 0.))[0]
 
-    def remember(self, x: torch.Tensor, way: str, milliseconds: float) -> None:
+    def remember(self, x: torch.Tensor, residual: Optional[torch.Tensor], way: str, milliseconds: float) -> None:
         """Compute such inputs this way from now on."""
-        self._fastest[_kind(x)] = way, milliseconds
+        self._fastest[_kind(x, residual)] = way, milliseconds
 
     @property
     def milliseconds(self) -> float:
@@ -96,9 +96,10 @@ class PackedWeight:
         return kept[1]
 
 
-def _kind(x: torch.Tensor) -> Tuple:
+def _kind(x: torch.Tensor, residual: Optional[torch.Tensor]) -> Tuple:
     """What the fastest way depends on."""
-    return x.shape, x.dtype, choice.memory_format(x), torch.get_num_threads()
+    added = None if residual is None else (residual.shape, choice.memory_format(residual))
+    return x.shape, x.dtype, choice.memory_format(x), added, torch.get_num_threads()
 
 
 def fused_conv2d(
@@ -150,7 +151,7 @@ def fused_conv2d(
     geometry = _Geometry(stride, padding, dilation, groups)
     if not _is_free(inputs, x):
         return conv2d_in_steps(x, weight, bias, stride, padding, dilation, groups, activation, residual)
-    way = None if packed is None else packed.fastest(x)
+    way = None if packed is None else packed.fastest(x, residual)
     if way is None:
         way = _expected_fastest(x, weight, geometry, residual, packed)
     return _compute(way, x, weight, bias, geometry, activation, residual, packed)
@@ -176,33 +177,34 @@ def measure(
     if not _is_free([t for t in (x, weight, bias, residual) if t is not None], x):
         return {}
     geometry = _Geometry(stride, padding, dilation, groups)
+    # In float32 at least: there are convolutions in bfloat16 that never return.
+    wide = torch.promote_types(x.dtype, torch.float32)
     expected = conv2d_in_steps(
-        x, weight, bias, stride, padding, dilation, groups, activation, residual, 'native').float()
+        x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), stride, padding, dilation, groups,
+        activation, None if residual is None else residual.to(wide), 'native')
     limit = (1e-4 if x.element_size() > 2 else 5e-2) * expected.abs().amax()
     times: Dict[str, List[float]] = {}
-    keeper = PackedWeight()
-    for turn in range(_ROUNDS + 2):
+    for way in _ways(x, weight, geometry, residual):
+        y = _compute(way, x, weight, bias, geometry, activation, residual, None)
+        if expected.isfinite().all() and not (y - expected).abs().amax() <= limit:
+            _logger.warning('%s is left out: it differs from F.conv2d for x %s', way, tuple(x.shape))
+        else:
+            times[way] = []
+    for _ in range(_ROUNDS):
         best = min((min(found) for found in times.values() if found), default=math.inf)
-        for way in _ways(x, weight, geometry, residual) if turn == 0 else list(times):
-            found = times.setdefault(way, [])
-            if turn > 1 and min(found) > 1.5 * best:
-                continue
-            if turn == 0:
-                keeper = PackedWeight()
-                y = _compute(way, x, weight, bias, geometry, activation, residual, keeper)
-                if not (y - expected).abs().amax() <= limit and expected.isfinite().all():
-                    _logger.warning('%s is left out: it differs from F.conv2d for x %s', way, tuple(x.shape))
-                    del times[way]
+        for way, found in times.items():
+            if found and min(found) > 1.5 * best:
                 continue
             keeper = PackedWeight()
-            _compute(way, x, weight, bias, geometry, activation, residual, keeper)
+            for _ in range(2):  # packs, and for the first time lets oneDNN compile
+                _compute(way, x, weight, bias, geometry, activation, residual, keeper)
             start = time.perf_counter()
             _compute(way, x, weight, bias, geometry, activation, residual, keeper)
             found.append(1e3 * (time.perf_counter() - start))
     medians = {way: sorted(found)[len(found) // 2] for way, found in times.items() if found}
     if medians:
         fastest = min(medians, key=medians.__getitem__)
-        packed.remember(x, fastest, medians[fastest])
+        packed.remember(x, residual, fastest, medians[fastest])
     return medians
 
 
@@ -259,6 +261,8 @@ def _is_free(inputs: List[torch.Tensor], x: torch.Tensor) -> bool:
     if choice.requested_backend() is not None:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return False
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in inputs):
         return False
     return all(t.dtype == x.dtype and t.device == x.device for t in inputs)
 
@@ -363,6 +367,7 @@ def _compute(
         return _finish(fft.conv(x, weight, bias, kernel), activation, residual)
     fused = 'gelu' if activation == 'gelu' else 'none'
     adds = residual is not None and activation == 'none'
+    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its strides
     if way == 'matrix product':
         return _product(x, weight, bias, fused, activation, residual, packed)
     stride, padding, dilation, groups = geometry
