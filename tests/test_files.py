@@ -236,6 +236,22 @@ def writer(folder, tag, rounds, failing=0.):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def test_an_inode_of_a_path_that_another_process_deletes(tmp_path, monkeypatch):
+    """The lock of a process that has just finished, say: it may be gone between two looks at it."""
+    path = tmp_path / 'lock'
+    path.touch()
+    inode = path.lstat().st_ino
+    assert files._has_inode(path, inode) and not files._has_inode(path, inode + 1)
+    lstat = Path.lstat
+
+    def delete_and_look(path):
+        path.unlink(missing_ok=True)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, 'lstat', delete_and_look)
+    assert not files._has_inode(path, inode)
+
+
 def test_two_processes_at_once(tmp_path):
     """A process that fails and rolls back never takes what the other one wrote."""
     folder = tmp_path / 'new' / 'folder'

@@ -5,6 +5,7 @@ Ways are timed by a clock that says of each what the test wants.
 import copy
 import io
 import logging
+import math
 
 import pytest
 import timm
@@ -187,6 +188,30 @@ def test_a_way_that_is_wrong_is_left_out(clock, monkeypatch, caplog):
         prepack(conv, x)
     assert 'fft is left out: it differs from F.conv2d' in caplog.text
     assert difference(conv(x), exact(conv, x)) < TOLERANCE[torch.float32]
+
+
+@torch.no_grad()
+def test_a_way_that_fails_is_left_out(clock, monkeypatch, caplog):
+    conv, x = convolution('depthwise')
+
+    def fail(*args):
+        raise torch.OutOfMemoryError('no memory')
+
+    monkeypatch.setattr(fused.fft, 'conv', fail)
+    clock.seconds = {'fft': 1e-3}
+    with caplog.at_level(logging.WARNING):
+        prepack(conv, x)
+    assert f'fft is left out for x {tuple(x.shape)}: no memory' in caplog.text
+    assert difference(conv(x), exact(conv, x)) < TOLERANCE[torch.float32]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_images_that_can_judge_nothing(value, clock):
+    conv, x = convolution('depthwise')
+    x[0, 0, 0, 0] = value
+    prepack(conv, x)
+    assert not conv.packed._fastest
 
 
 @torch.no_grad()

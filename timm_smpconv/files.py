@@ -193,7 +193,10 @@ def _roll_back(staging: Path) -> None:
 
 def _has_inode(path: Path, inode: int) -> bool:
     """Whether this is the file or folder of that inode, which it keeps when it is renamed."""
-    return os.path.lexists(path) and path.lstat().st_ino == inode
+    try:
+        return path.lstat().st_ino == inode
+    except FileNotFoundError:
+        return False
 
 
 def _outcome(folder: Path, inodes: Dict[str, int]) -> str:

@@ -7,6 +7,7 @@ and with AVX2, on one thread and on two. The rates are the machine's own.
 """
 import logging
 import math
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,15 @@ class Case(NamedTuple):
     w: int
     k: int
     l: int
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, 'register_at_fork'):  # another thread of the parent may have been measuring
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @torch.compiler.assume_constant_result

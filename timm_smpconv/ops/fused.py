@@ -172,7 +172,8 @@ def measure(
     """Time all ways to compute `fused_conv2d` for such an input, and let `packed` remember the fastest.
 
     Returns:
-        Milliseconds of each way; nothing where there is no choice. A way that differs from `F.conv2d` is left out.
+        Milliseconds of each way. A way that fails or differs from `F.conv2d` is left out. Nothing is measured, and the
+        result empty, where the images make NaN or infinity, or where not the result alone counts.
     """
     if not _is_free([t for t in (x, weight, bias, residual) if t is not None], x):
         return {}
@@ -182,14 +183,20 @@ def measure(
     expected = conv2d_in_steps(
         x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), stride, padding, dilation, groups,
         activation, None if residual is None else residual.to(wide), 'native')
+    if not expected.isfinite().all():
+        return {}
     limit = (1e-4 if x.element_size() > 2 else 5e-2) * expected.abs().amax()
     times: Dict[str, List[float]] = {}
     for way in _ways(x, weight, geometry, residual):
-        y = _compute(way, x, weight, bias, geometry, activation, residual, None)
-        if expected.isfinite().all() and not (y - expected).abs().amax() <= limit:
-            _logger.warning('%s is left out: it differs from F.conv2d for x %s', way, tuple(x.shape))
-        else:
+        try:
+            y = _compute(way, x, weight, bias, geometry, activation, residual, None)
+        except RuntimeError as error:
+            _logger.warning('%s is left out for x %s: %s', way, tuple(x.shape), error)
+            continue
+        if (y - expected).abs().amax() <= limit:
             times[way] = []
+        else:
+            _logger.warning('%s is left out: it differs from F.conv2d for x %s', way, tuple(x.shape))
     for _ in range(_ROUNDS):
         best = min((min(found) for found in times.values() if found), default=math.inf)
         for way, found in times.items():
