@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
+from functorch.compile import make_boxed_func
 from reference import conv_loop
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -227,14 +230,14 @@ class Net(torch.nn.Module):
 
 
 def captured(net, x):
-    """The names of the functions in the graph that torch.compile captures."""
+    """The names of the functions in the graph that a compiler behind torch.compile gets."""
     names = []
 
-    def backend(graph, inputs):
+    def compiler(graph, inputs):
         names.extend(str(n.target) for n in graph.graph.nodes if n.op == 'call_function')
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
-    torch.compile(net, backend=backend, fullgraph=True)(x)
+    torch.compile(net, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(x)
     return names
 
 
@@ -431,3 +434,17 @@ def test_flops_of_gradients(chosen, recorded, passes, fastest):
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == passes * 2 * y.numel() * 15 * 9
+
+
+@torch.no_grad()
+def test_compiled_for_dynamic_sizes():
+    """One graph for all sizes, in which the operator chooses when it runs."""
+    counter = CompileCounter()
+    weight = torch.randn(8, 1, 31, 31) / 31
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: depthwise_conv2d(x, weight).relu(), backend=counter, dynamic=True, fullgraph=True)
+    for batch, size in ((2, 20), (3, 22), (4, 56), (16, 14)):
+        x = torch.randn(batch, 8, size, size)
+        assert difference(compiled(x), exact(x.double(), weight.double()).relu()) < TOLERANCE[torch.float32]
+    assert counter.frame_count == 1

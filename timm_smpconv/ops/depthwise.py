@@ -83,15 +83,33 @@ def depthwise_conv2d(
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if not compiling and (recorded or private.transforms_active()):
         return Conv.apply(x, weight, bias, backend)
-    # Compilers and dispatch modes see standard operators, except where the choice depends on values, which may be fake,
-    # and in compiled code where the format changes: inductor's code for that overwrites memory (torch 2.14, 4 × 96 × 56
-    # × 56, 31×31).
-    if not recorded and (compiling or private.dispatch_mode_active() or type(x) is not torch.Tensor):
-        name = backend or choose('output', x, weight.shape[2], weight.shape[3])
-        recorded = name in ('fft', 'triton') or (compiling and name != 'native')
     if recorded or raced:
         return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, backend)
+    if compiling:
+        return _compiled(x, weight, bias, backend)
+    # Dispatch modes see standard operators, except where the choice depends on values, which may be fake.
+    if (private.dispatch_mode_active() or type(x) is not torch.Tensor) and (
+            backend or choose('output', x, weight.shape[2], weight.shape[3])) in ('fft', 'triton'):
+        return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, backend)
     return conv(x, weight, bias, backend)  # without the operator, which takes 0.15 ms
+
+
+@torch.compiler.allow_in_graph
+def _compiled(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        backend: Optional[str],
+) -> torch.Tensor:
+    """What a compiler sees: a standard convolution if that is the choice, else the operator.
+
+    For dynamic sizes the operator, too, which chooses when it runs. And in no case does the graph convert the memory format: inductor's code for that
+    overwrites memory (torch 2.14, 4 × 96 × 56 × 56, 31×31).
+    """
+    is_dynamic = any(isinstance(n, torch.SymInt) for n in x.shape)
+    if not is_dynamic and (backend or choose('output', x, weight.shape[2], weight.shape[3])) == 'native':
+        return native.conv(x, weight, bias)
+    return torch.ops.timm_smpconv.depthwise_conv2d(x, weight, bias, backend)
 
 
 def is_exporting() -> bool:
