@@ -103,7 +103,7 @@ def _compiled(
 ) -> torch.Tensor:
     """What a compiler sees: a standard convolution if that is the choice, else the operator.
 
-    For dynamic sizes the operator, too, which chooses when it runs. In no case does the graph convert the memory format:
+    For dynamic sizes the operator, too, which chooses when it runs. The graph never converts the memory format:
     inductor's code for that overwrites memory (torch 2.14, 4 × 96 × 56 × 56, 31×31).
     """
     is_dynamic = any(isinstance(n, torch.SymInt) for n in x.shape)
