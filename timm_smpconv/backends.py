@@ -394,7 +394,8 @@ def _processor() -> str:
 def rates() -> str:
     """One line on the rates that the expected times come from."""
     found = costs.rates()
-    source = 'fixed, not measured (the machine is busy, or deterministic)' if found is costs.FIXED else 'measured'
+    usual = found == costs.fixed(torch.get_num_threads())
+    source = 'as usual' if usual else 'measured'
     return f'ns for a unit of work, {source}: ' + ', '.join(f'{n} {v:.3g}' for n, v in found._asdict().items())
 
 

@@ -213,7 +213,7 @@ def inputs(model: Model) -> List[torch.Tensor]:
 
 def sizes(model: Model) -> List[Tuple[int, int]]:
     height, width = model.pretrained_cfg['input_size'][1:]
-    return [(height, width), *([] if isinstance(model, SMPTCN) else [(height * 5 // 7, width * 8 // 7)])]
+    return [(height, width), *([] if isinstance(model, SMPTCN) else [(max(32, height * 5 // 7), width * 8 // 7)])]
 
 
 def oracle(source: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:

@@ -41,10 +41,15 @@ class Rates(NamedTuple):
     dense: float  # a multiplication of a convolution over channels
 
 
-# One thread, for `torch.use_deterministic_algorithms`: the choice is then the same in every process.
-FIXED = {
-    'AVX512': Rates(wide=0.028, narrow=0.024, corr=0.31, transform=0.19, copy=0.54, dense=0.015),
-}.get(_CAPABILITY, Rates(wide=0.062, narrow=0.032, corr=0.25, transform=0.19, copy=0.61, dense=0.028))
+# Of one thread and of two. Measured rates are these times powers of two: from process to process a measurement differs
+# by a tenth, which must not decide, or else a training that is resumed would not go on with the same losses.
+_FIXED = {
+    'AVX512': (
+        Rates(wide=0.028, narrow=0.024, corr=0.31, transform=0.19, copy=0.7, dense=0.02),
+        Rates(wide=0.015, narrow=0.013, corr=0.155, transform=0.13, copy=0.46, dense=0.0118)),
+}.get(_CAPABILITY, (
+    Rates(wide=0.055, narrow=0.035, corr=0.24, transform=0.17, copy=0.7, dense=0.022),
+    Rates(wide=0.03, narrow=0.017, corr=0.12, transform=0.105, copy=0.42, dense=0.0125)))
 
 _SECONDS = 0.05  # after which a measurement ends
 _measured: Dict[int, Rates] = {}
@@ -78,11 +83,11 @@ if hasattr(os, 'register_at_fork'):  # another thread of the parent may have bee
 def rates() -> Rates:
     """The rates of this CPU for the number of threads in use, measured at the first call, in 30 to 60 ms.
 
-    `FIXED` where deterministic algorithms are asked for, and on a machine too busy to measure.
+    `fixed(threads)` where deterministic algorithms are asked for, and on a machine too busy to measure.
     """
-    if torch.are_deterministic_algorithms_enabled():
-        return FIXED
     threads = torch.get_num_threads()
+    if torch.are_deterministic_algorithms_enabled():
+        return fixed(threads)
     with _lock:
         if threads not in _measured:
             start = time.perf_counter()
@@ -92,18 +97,28 @@ def rates() -> Rates:
                     found = pool.submit(_measure_with, threads).result()
             except RuntimeError as error:  # no memory or no thread, as when the interpreter shuts down
                 _logger.debug('nothing was measured for %d threads: %s', threads, error)
-                return _measured.setdefault(threads, FIXED)
-            _measured[threads] = found if _is_plausible(found) else FIXED
+                return _measured.setdefault(threads, fixed(threads))
+            _measured[threads] = _settled(found, fixed(threads))
             _logger.debug(
                 'measured in %.0f ms for %d threads: %s, used: %s', 1e3 * (time.perf_counter() - start), threads, found,
                 _measured[threads])
         return _measured[threads]
 
 
-def _is_plausible(found: Rates) -> bool:
-    """Whether work of one kind takes about as many times that of another as usual: not on a busy machine."""
-    times = [measured / fixed for measured, fixed in zip(found, FIXED)]
-    return max(times) < 6 * min(times) and max(times) < 10
+def fixed(threads: int) -> Rates:
+    """The rates of the CPUs that the fit is of."""
+    return _FIXED[threads > 1]
+
+
+def _settled(found: Rates, usual: Rates) -> Rates:
+    """The measured rates, rounded to the usual ones times powers of two.
+
+    Or the usual ones if work of one kind takes about as many times that of another as on no machine but a busy one.
+    """
+    times = [measured / rate for measured, rate in zip(found, usual)]
+    if not (min(times) > 0 and max(times) < 6 * min(times) and max(times) < 10):
+        return usual
+    return Rates(*(rate * 2. ** round(math.log2(ratio)) for rate, ratio in zip(usual, times)))
 
 
 def _measure_with(threads: int) -> Rates:
