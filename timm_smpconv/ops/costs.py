@@ -8,6 +8,7 @@ and with AVX2, on one thread and on two. The rates are the machine's own.
 import logging
 import math
 import os
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,8 @@ class Rates(NamedTuple):
     dense: float  # a multiplication of a convolution over channels
 
 
-# Of one thread and of two. Measured rates are these times powers of two: from process to process a measurement differs
-# by a tenth, which must not decide, or else a training that is resumed would not go on with the same losses.
+# Of one thread and of two. The rates in use are these times powers of two: from process to process a measurement
+# differs by a tenth, which must not decide, or else a training that is resumed would not go on with the same losses.
 _FIXED = {
     'AVX512': (
         Rates(wide=0.028, narrow=0.024, corr=0.31, transform=0.19, copy=0.7, dense=0.02),
@@ -81,7 +82,9 @@ if hasattr(os, 'register_at_fork'):  # another thread of the parent may have bee
 
 @torch.compiler.assume_constant_result
 def rates() -> Rates:
-    """The rates of this CPU for the number of threads in use, measured at the first call, in 30 to 60 ms.
+    """The rates of this CPU, relative to each other, for the number of threads in use.
+
+    Measured at the first call, in 20 to 60 ms.
 
     `fixed(threads)` where deterministic algorithms are asked for, and on a machine too busy to measure.
     """
@@ -111,14 +114,15 @@ def fixed(threads: int) -> Rates:
 
 
 def _settled(found: Rates, usual: Rates) -> Rates:
-    """The measured rates, rounded to the usual ones times powers of two.
+    """The usual rates times powers of two, as the measured ones are to each other: a choice compares only.
 
     Or the usual ones if work of one kind takes about as many times that of another as on no machine but a busy one.
     """
     times = [measured / rate for measured, rate in zip(found, usual)]
     if not (min(times) > 0 and max(times) < 6 * min(times) and max(times) < 10):
         return usual
-    return Rates(*(rate * 2. ** round(math.log2(ratio)) for rate, ratio in zip(usual, times)))
+    middle = statistics.median(times)
+    return Rates(*(rate * 2. ** round(math.log2(ratio / middle)) for rate, ratio in zip(usual, times)))
 
 
 def _measure_with(threads: int) -> Rates:
