@@ -394,8 +394,7 @@ def _processor() -> str:
 def rates() -> str:
     """One line on the rates that the expected times come from."""
     found = costs.rates()
-    usual = found == costs.fixed(torch.get_num_threads())
-    source = 'as usual' if usual else 'measured'
+    source = 'as fitted' if found == costs.fixed(torch.get_num_threads()) else 'corrected by a measurement'
     return f'ns for a unit of work, {source}: ' + ', '.join(f'{n} {v:.3g}' for n, v in found._asdict().items())
 
 
@@ -431,7 +430,7 @@ def page(
     yield machine()
     if device == 'cpu':
         yield rates()
-        yield '* is taken, where the values allow fft'
+        yield '* is taken, where the values allow fft; expected times are of the CPU that the rates were fitted on'
     elif not measured:
         yield (
             'taken without torch.backends.cudnn.benchmark; with it, as in timm\'s scripts, the first call of a shape '

@@ -1,9 +1,9 @@
-"""What a convolution is expected to cost on this CPU: counts of operations times measured rates.
+"""What a convolution is expected to cost on this CPU: counts of operations times rates.
 
 Shapes: B batch, C channels, H and W height and width, K and L height and width of the kernel, after cropping.
 
 The counts and the fixed factors were fitted to 1,872 cases (`python -m benchmarks.cpu choice`) on 2 cores with AVX-512
-and with AVX2, on one thread and on two. The rates are the machine's own.
+and with AVX2, on one thread and on two. Rates are those of that CPU, corrected by a measurement where this one differs.
 """
 import logging
 import math
@@ -33,7 +33,7 @@ _DIRECT_GRADIENT = {'AVX512': 1.7}.get(_CAPABILITY, 0.97)
 
 
 class Rates(NamedTuple):
-    """Nanoseconds of one unit of work in float32, with a number of threads."""
+    """Nanoseconds of one unit of work in float32, with a number of threads; in use, to a common factor."""
     wide: float  # a multiplication of a wide depthwise kernel in channels_last
     narrow: float  # of a 5×5 kernel in channels_last
     corr: float  # of a 5×5 kernel's gradient in channels_last
@@ -97,7 +97,7 @@ def rates() -> Rates:
             try:
                 # A thread of its own has no autocast, no dispatch mode, no transform and no recorded graph.
                 with ThreadPoolExecutor(1) as pool:
-                    found = pool.submit(_measure_with, threads).result()
+                    found = pool.submit(_measure, threads).result()
             except RuntimeError as error:  # no memory or no thread, as when the interpreter shuts down
                 _logger.debug('nothing was measured for %d threads: %s', threads, error)
                 return _measured.setdefault(threads, fixed(threads))
@@ -125,16 +125,16 @@ def _settled(found: Rates, usual: Rates) -> Rates:
     return Rates(*(rate * 2. ** round(math.log2(ratio / middle)) for rate, ratio in zip(usual, times)))
 
 
-def _measure_with(threads: int) -> Rates:
+def _measure(threads: int) -> Rates:
     usual = torch.get_num_threads()  # of new threads, which `set_num_threads` changes too
     torch.set_num_threads(threads)
     try:
-        return _measure(threads)
+        return _time_probes()
     finally:
         torch.set_num_threads(usual)
 
 
-def _measure(threads: int) -> Rates:
+def _time_probes() -> Rates:
     # When this is freed, glibc raises its limits, as in a process that has computed with large tensors: it no longer
     # returns the memory of smaller ones to the system.
     torch.empty(30 * 2 ** 20, dtype=torch.uint8, device='cpu')

@@ -106,9 +106,9 @@ def gradients(
     if x.numel() and not races(x, backend):
         working = x.dtype if backend else working_dtype(x, size[1])
         g, i = grad.to(working), x.to(working)
-        by_fft = select('weight gradient', i, size, backend, lambda: fft.is_in_range(g, i)) == 'fft'
-        if by_fft and select(
-                'input gradient', g, size, backend, lambda: fft.is_accurate(g, cropped), is_transformed=True) == 'fft':
+        by_fft = select(
+            'input gradient', g, size, backend, lambda: fft.is_accurate(g, cropped), is_transformed=True) == 'fft'
+        if by_fft and select('weight gradient', i, size, backend, lambda: fft.is_in_range(g, i)) == 'fft':
             to_x, to_weight = fft.gradients(g, i, cropped.to(working))
             return (
                 to_x.to(grad.dtype).contiguous(memory_format=memory_format(grad)),

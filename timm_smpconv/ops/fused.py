@@ -372,33 +372,46 @@ def _compute(
         kernel = None if packed is None else packed.of(
             weight, x, way, lambda: fft.transform(weight, x.shape[2], x.shape[3]))
         return _finish(fft.conv(x, weight, bias, kernel), activation, residual)
-    fused = 'gelu' if activation == 'gelu' else 'none'
-    adds = residual is not None and activation == 'none'
     bias = None if bias is None else bias.contiguous()  # oneDNN ignores its strides
+    fused = 'gelu' if activation == 'gelu' else 'none'
+    added = residual if activation == 'none' else None
     if way == 'matrix product':
-        return _product(x, weight, bias, fused, activation, residual, packed)
+        y = _product(x, weight, bias, fused, added, packed)
+    else:
+        y = _convolution(x, weight, bias, geometry, fused, added, packed)
+    return _finish(y, 'relu' if activation == 'relu' else 'none', None if added is residual else residual)
+
+
+def _convolution(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        geometry: _Geometry,
+        activation: str,
+        added: Optional[torch.Tensor],
+        packed: Optional[PackedWeight],
+) -> torch.Tensor:
+    """With a GELU or an addition."""
     stride, padding, dilation, groups = geometry
     if packed is not None:
-        copy = packed.of(weight, x, way, lambda: private.reordered_weight(
+        copy = packed.of(weight, x, 'one pass', lambda: private.reordered_weight(
             weight, padding, stride, dilation, groups, x.shape))
         weight = weight if copy is None else copy
-    if adds:
+    if added is not None:
         return _convolve.binary(
-            x, residual, weight, bias, padding, stride, dilation, groups, 'add', 1.0, None, [], None)
-    y = _convolve(x, weight, bias, padding, stride, dilation, groups, fused, [], 'none')
-    return _finish(y, 'none' if activation == fused else activation, residual)
+            x, added, weight, bias, padding, stride, dilation, groups, 'add', 1.0, None, [], None)
+    return _convolve(x, weight, bias, padding, stride, dilation, groups, activation, [], 'none')
 
 
 def _product(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
-        fused: str,
         activation: str,
-        residual: Optional[torch.Tensor],
+        added: Optional[torch.Tensor],
         packed: Optional[PackedWeight],
 ) -> torch.Tensor:
-    """A 1×1 convolution of a channels_last x as a matrix product."""
+    """A 1×1 convolution of a channels_last x as a matrix product, with a GELU or an addition."""
     b, c, h, w = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, c)  # (B H W, C), a view
     matrix = weight.reshape(-1, c)
@@ -406,14 +419,11 @@ def _product(
         copy = packed.of(
             weight, x, 'matrix product', lambda: private.reordered_matrix(matrix.detach(), rows.shape[0]))
         matrix = matrix if copy is None else copy
-    if residual is not None and activation == 'none':
-        y = _multiply.binary(rows, residual.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]), matrix, bias, 'add')
+    if added is not None:
+        y = _multiply.binary(rows, added.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]), matrix, bias, 'add')
     else:
-        y = _multiply(rows, matrix, bias, fused, [], 'none')
-    y = y.view(b, h, w, -1).permute(0, 3, 1, 2)
-    if residual is not None and activation == 'none':
-        return y
-    return _finish(y, 'none' if activation == fused else activation, residual)
+        y = _multiply(rows, matrix, bias, activation, [], 'none')
+    return y.view(b, h, w, -1).permute(0, 3, 1, 2)
 
 
 def _finish(y: torch.Tensor, activation: str, residual: Optional[torch.Tensor]) -> torch.Tensor:

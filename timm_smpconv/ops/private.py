@@ -61,20 +61,20 @@ def onednn_dtypes() -> FrozenSet[torch.dtype]:
 
 def pointwise_convolution() -> Optional[Any]:
     """oneDNN's convolution with an activation (overload `default`) or an addition (`binary`); None if unknown."""
-    operator = _find('ops.mkldnn._convolution_pointwise')
-    if operator is None or not {'default', 'binary'} <= set(operator.overloads()):
-        return None
-    signatures = [' '.join(a.name for a in o._schema.arguments) for o in (operator.default, operator.binary)]
-    return operator if signatures == [_POINTWISE, _POINTWISE_ADD] else None
+    return _fused_operator('ops.mkldnn._convolution_pointwise', _POINTWISE, _POINTWISE_ADD)
 
 
 def pointwise_linear() -> Optional[Any]:
-    """oneDNN's matrix product with an activation (overload `default`) or an addition (`binary`); None if unknown."""
-    operator = _find('ops.mkldnn._linear_pointwise')
+    """The same of oneDNN's matrix product."""
+    return _fused_operator('ops.mkldnn._linear_pointwise', _LINEAR, _LINEAR_ADD)
+
+
+def _fused_operator(path: str, default: str, binary: str) -> Optional[Any]:
+    operator = _find(path)
     if operator is None or not {'default', 'binary'} <= set(operator.overloads()):
         return None
     signatures = [' '.join(a.name for a in o._schema.arguments) for o in (operator.default, operator.binary)]
-    return operator if signatures == [_LINEAR, _LINEAR_ADD] else None
+    return operator if signatures == [default, binary] else None
 
 
 def reordered_matrix(weight: torch.Tensor, rows: int) -> Optional[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Triton programs for tensor cores, in `triton_programs`. Used only on request: no GPU has timed them yet."""
+"""Triton programs for tensor cores, in `triton_programs`. Used on request, or where they win a race."""
 import importlib.util
 import os
 from typing import Callable, Dict, NamedTuple, Optional
@@ -9,11 +9,10 @@ from . import triton_tiles
 
 
 class Variant(NamedTuple):
-    """The programs with other tiles than the default ones. The fields are those of a `Backend`, which see."""
+    """The programs with other tiles than the default ones. For the fields see `Backend`."""
     conv: Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
     corr: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
     unsupported: Callable[[torch.Tensor], Optional[str]]
-    rounds_weight: bool = True
 
 
 def unsupported(x: torch.Tensor) -> Optional[str]:
