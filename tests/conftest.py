@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one thread a worker, also in the processes that it starts
     os.environ.update(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')  # read when torch is imported
@@ -52,6 +53,16 @@ LAYOUTS = {
     'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     'strided': lambda x: torch.stack([x, x + 1], -1)[..., 0],
 }
+
+
+@contextmanager
+def deterministic():
+    """Deterministic algorithms inside."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def difference(actual, expected):

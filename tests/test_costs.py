@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
+from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, deterministic, difference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,26 +18,16 @@ from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import choice, costs
 from timm_smpconv.ops.choice import PASSES, choose
 
-# Rates of machines at hand, one thread; `WIDEST`, `_LANES` and `_DIRECT_GRADIENT` there.
-MACHINES = {
-    'AVX-512': (13, 16, 1.7, costs.Rates(
-        wide=0.028, narrow=0.024, corr=0.31, transform=0.19, copy=0.54, dense=0.015)),
-    'AVX2': (9, 8, 0.9, costs.Rates(
-        wide=0.062, narrow=0.032, corr=0.25, transform=0.19, copy=0.61, dense=0.028)),
-    'neither': (7, 4, 0.9, costs.Rates(
-        wide=0.1, narrow=0.06, corr=0.4, transform=0.25, copy=0.7, dense=0.05)),
-}
+MACHINES = {'AVX-512': 'AVX512', 'AVX2': 'AVX2', 'neither': 'DEFAULT'}
 
 
 @pytest.fixture
 def on(monkeypatch):
-    """A function that makes this CPU one of `MACHINES`, with oneDNN."""
+    """A function that makes this CPU one of `MACHINES`, of one thread, with oneDNN."""
     def on(name):
-        widest, lanes, direct_gradient, rates = MACHINES[name]
-        monkeypatch.setattr(costs, 'WIDEST', widest)
-        monkeypatch.setattr(costs, '_LANES', lanes)
-        monkeypatch.setattr(costs, '_DIRECT_GRADIENT', direct_gradient)
-        monkeypatch.setattr(costs, 'rates', lambda: rates)
+        kind = costs.KINDS[MACHINES[name]]
+        monkeypatch.setattr(costs, 'KIND', kind)
+        monkeypatch.setattr(costs, 'rates', lambda: kind.one_thread)
         monkeypatch.setattr(choice, 'ONEDNN_DTYPES', frozenset([torch.float32]))
     return on
 
@@ -64,15 +54,6 @@ def threads(number):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def image(b, c, h, w=None, layout='contiguous', dtype=torch.float32):
@@ -420,7 +401,7 @@ def test_costs_grow_with_the_work(machine, what, onednn, channels_last, on):
         assert times['fft'] < larger['fft'] < 6 * times['fft']
         # Two rows and columns more. Beyond its own program's widest kernel oneDNN may even be faster.
         wider = costs.expected(base._replace(k=k + 2, l=k + 2))
-        assert all(times[name] <= wider[name] for name in times) or k == costs.WIDEST
+        assert all(times[name] <= wider[name] for name in times) or k == costs.KIND.widest
 
 
 @pytest.mark.parametrize('machine', MACHINES)

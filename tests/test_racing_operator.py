@@ -1,11 +1,10 @@
 """`depthwise_conv2d` where its backends race, as on CUDA: on CPU tensors, with a clock whose times the tests set."""
 import itertools
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
+from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, deterministic, difference
 
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import BACKENDS, choice, race, use_backend
@@ -188,15 +187,6 @@ def test_a_backend_that_does_not_support_the_input_does_not_race(clock, monkeypa
     compare(tensors())
     assert 'absent' not in clock.timed
     assert set(winners().values()) == {'fft'}
-
-
-@contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize('context', [

@@ -19,17 +19,9 @@ import torch.nn.functional as F
 
 from .backends import fft, native
 
-__all__ = ['WIDEST', 'Case', 'Rates', 'expected', 'rates']
+__all__ = ['Case', 'Kind', 'Rates', 'expected', 'fixed', 'rates']
 
 _logger = logging.getLogger(__name__)
-_CAPABILITY = torch.backends.cpu.get_cpu_capability()
-# The widest kernel of oneDNN's own depthwise program; wider ones are fast in channels_last alone. C 192, 28×28, batch
-# 4, contiguous: with AVX-512 13×13 takes 6.1 ms and 15×15 61, with AVX2 9×9 0.9 and 11×11 25, without 7×7 4.3, 9×9 21.
-WIDEST = {'AVX512': 13, 'AVX2': 9}.get(_CAPABILITY, 7)
-_LANES = {'AVX512': 16, 'AVX2': 8}.get(_CAPABILITY, 4)
-# oneDNN's direct gradient of the input, in times of the output's: with a wide kernel, and in channels_last.
-_WIDE_GRADIENT = {'AVX512': 2.1}.get(_CAPABILITY, 1.1)
-_DIRECT_GRADIENT = {'AVX512': 1.7}.get(_CAPABILITY, 0.97)
 
 
 class Rates(NamedTuple):
@@ -42,15 +34,31 @@ class Rates(NamedTuple):
     dense: float  # a multiplication of a convolution over channels
 
 
-# Of one thread and of two. The rates in use are these times powers of two: from process to process a measurement
-# differs by a tenth, which must not decide, or else a training that is resumed would not go on with the same losses.
-_FIXED = {
-    'AVX512': (
+class Kind(NamedTuple):
+    """What is known of CPUs of one capability."""
+    widest: int  # kernel of oneDNN's own depthwise program; wider ones are fast in channels_last alone
+    lanes: int  # channels computed at a time
+    wide_gradient: float  # oneDNN's own input gradient of a wide kernel, in times of the output
+    narrow_gradient: float  # and of a narrow one, in channels_last
+    one_thread: Rates
+    two_threads: Rates
+
+
+_AVX2 = Kind(
+    9, 8, 1.1, 0.97,
+    Rates(wide=0.055, narrow=0.035, corr=0.24, transform=0.17, copy=0.7, dense=0.022),
+    Rates(wide=0.03, narrow=0.017, corr=0.12, transform=0.105, copy=0.42, dense=0.0125))
+# C 192, 28×28, batch 4, contiguous, ms: with AVX-512 13×13 6.1 and 15×15 61, with AVX2 9×9 0.9 and 11×11 25, without
+# 7×7 4.3 and 9×9 21.
+KINDS = {
+    'AVX512': Kind(
+        13, 16, 2.1, 1.7,
         Rates(wide=0.028, narrow=0.024, corr=0.31, transform=0.19, copy=0.7, dense=0.02),
         Rates(wide=0.015, narrow=0.013, corr=0.155, transform=0.13, copy=0.46, dense=0.0118)),
-}.get(_CAPABILITY, (
-    Rates(wide=0.055, narrow=0.035, corr=0.24, transform=0.17, copy=0.7, dense=0.022),
-    Rates(wide=0.03, narrow=0.017, corr=0.12, transform=0.105, copy=0.42, dense=0.0125)))
+    'AVX2': _AVX2,
+    'DEFAULT': _AVX2._replace(widest=7, lanes=4),  # not measured
+}
+KIND = KINDS.get(torch.backends.cpu.get_cpu_capability(), KINDS['DEFAULT'])
 
 _SECONDS = 0.05  # after which a measurement ends
 _measured: Dict[int, Rates] = {}
@@ -110,11 +118,14 @@ def rates() -> Rates:
 
 def fixed(threads: int) -> Rates:
     """The rates of the CPUs that the fit is of."""
-    return _FIXED[threads > 1]
+    return KIND.two_threads if threads > 1 else KIND.one_thread
 
 
 def _settled(found: Rates, usual: Rates) -> Rates:
     """The usual rates times powers of two, as the measured ones are to each other: a choice compares only.
+
+    From process to process a measurement differs by a tenth, which must not decide: a training that is resumed would
+    not go on with the same losses.
 
     Or the usual ones if work of one kind takes about as many times that of another as on no machine but a busy one.
     """
@@ -192,14 +203,14 @@ def _multiplications(case: Case) -> float:
     Of the columns of a wide kernel that meet nothing but padding, a fifth is not skipped.
     """
     m, n = case.k // 2, case.l // 2
-    skipped = n * (n + 1) / case.w * (0.8 if case.l > WIDEST else 1)
+    skipped = n * (n + 1) / case.w * (0.8 if case.l > KIND.widest else 1)
     taps = (case.k - m * (m + 1) / case.h) * (case.l - skipped) + 5.5
-    return case.b * -(-case.c // _LANES) * _LANES * case.h * case.w * taps
+    return case.b * -(-case.c // KIND.lanes) * KIND.lanes * case.h * case.w * taps
 
 
 def _products(case: Case) -> float:
     """Products that a direct weight gradient sums, those with padding among them."""
-    return case.b * -(-case.c // _LANES) * _LANES * case.h * case.w * case.k * case.l
+    return case.b * -(-case.c // KIND.lanes) * KIND.lanes * case.h * case.w * case.k * case.l
 
 
 def _units(case: Case) -> float:
@@ -239,12 +250,12 @@ def expected(case: Case, is_transformed: bool = False) -> Dict[str, float]:
         'fft': transformed + flip,
     }
     if case.what == 'input gradient' and case.onednn:  # a program of its own
-        if case.l > WIDEST:
-            rate = _WIDE_GRADIENT * r.wide
+        if case.l > KIND.widest:
+            rate = KIND.wide_gradient * r.wide
         elif own:
-            rate = _DIRECT_GRADIENT * r.narrow
+            rate = KIND.narrow_gradient * r.narrow
         else:
-            rate = (1.7 if case.l > 9 or _LANES < 16 else 1.45) * r.narrow
+            rate = (1.7 if case.l > 9 or KIND.lanes < 16 else 1.45) * r.narrow
         times['native'] = _CALL + rate * _multiplications(case)
     return times
 
@@ -253,12 +264,12 @@ def _direct(case: Case, r: Rates, channels_last: bool) -> float:
     """A direct convolution."""
     if not case.onednn:  # a loop that prefers contiguous
         rate = 5. if not channels_last else 10.
-    elif channels_last and case.l <= min(11, WIDEST):
+    elif channels_last and case.l <= min(11, KIND.widest):
         rate = r.narrow
     elif channels_last:
-        rate = r.wide if case.l > WIDEST else 2.9 * r.wide
+        rate = r.wide if case.l > KIND.widest else 2.9 * r.wide
     else:
-        rate = (1.2 if case.l <= WIDEST else 26) * r.narrow
+        rate = (1.2 if case.l <= KIND.widest else 26) * r.narrow
     return _CALL + rate * (0.6 if case.itemsize < 4 else 1) * _multiplications(case)
 
 
