@@ -95,7 +95,7 @@ def test_threads_that_ask_at_once_measure_once(monkeypatch):
         calls.append(number)
         started.set()
         assert go.wait(20)
-        return usual()._replace(wide=2 * usual().wide)
+        return usual()._replace(wide=4 * usual().wide)
 
     monkeypatch.setattr(costs, '_measured', {})
     monkeypatch.setattr(costs, '_measure', measure)
@@ -105,13 +105,13 @@ def test_threads_that_ask_at_once_measure_once(monkeypatch):
         go.set()
         found = {future.result() for future in asked}
     assert calls == [torch.get_num_threads()]
-    assert found == {usual()._replace(wide=2 * usual().wide)}
+    assert found == {usual()._replace(wide=4 * usual().wide)}
 
 
 def test_each_thread_has_the_rates_of_its_own_number_of_threads(monkeypatch):
     monkeypatch.setattr(costs, '_measured', {})
     monkeypatch.setattr(
-        costs, '_measure', lambda number: costs.fixed(number)._replace(wide=2 * number * costs.fixed(number).wide))
+        costs, '_measure', lambda number: costs.fixed(number)._replace(wide=4 * costs.fixed(number).wide))
 
     def ask(number):
         with threads(number):
@@ -119,7 +119,7 @@ def test_each_thread_has_the_rates_of_its_own_number_of_threads(monkeypatch):
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(ask, 2).result() == costs.fixed(2)._replace(wide=4 * costs.fixed(2).wide)
-    assert ask(1) == costs.fixed(1)._replace(wide=2 * costs.fixed(1).wide)
+    assert ask(1) == costs.fixed(1)._replace(wide=4 * costs.fixed(1).wide)
 
 
 def test_the_number_of_new_threads_is_as_before(measured):
@@ -161,11 +161,11 @@ def test_implausible_measurements_are_not_taken(scale, is_taken, monkeypatch):
 
 
 def test_two_measurements_of_one_machine_are_the_same(monkeypatch):
-    """They differ by a tenth or two, which must not decide: a training that is resumed would go on differently."""
+    """They differ by up to 1.7, which must not decide: a training that is resumed would go on differently."""
     found = []
     for factor in (0.8, 1, 1.3):
         monkeypatch.setattr(costs, '_measured', {})
-        rates = [f * rate for f, rate in zip((factor, 1, 4, 1, 1.2, 0.9), usual())]
+        rates = [f * rate for f, rate in zip((factor, 1.7, 4, 1, 1.2, 0.8), usual())]
         monkeypatch.setattr(costs, '_measure', lambda number, rates=rates: costs.Rates(*(2 * r for r in rates)))
         found.append(costs.rates())
     assert found == [usual()._replace(corr=4 * usual().corr)] * 3
