@@ -1,6 +1,6 @@
-"""Google Drive on loopback: what gdown 6.5 meets when it downloads a public file.
+"""Google Drive on loopback: what gdown 6.4 and 6.5 meet when they download a public file.
 
-Read from gdown's download.py, and from how the drive answered it in 2023 to 2026 (gdown's issues and tests):
+Read from gdown's download.py, and from reports of what the drive answers (gdown's issues 26 and 224, for two):
 - drive.google.com/uc?id=ID redirects to drive.usercontent.google.com/download
 - a small file comes at once; before a large one there is a page with a form, `download-form`, whose hidden fields have
   to be sent: the file was not scanned for viruses

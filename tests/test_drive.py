@@ -279,7 +279,9 @@ def test_the_recorded_hash(drive, checkpoint, cache, run, monkeypatch):
     assert timm.create_model(MODEL, pretrained=True, cache_dir=cache) is not None
     assert run('--remove', MODEL).status == 0
     done = run(MODEL)
-    assert done.status == 0 and 'not recorded' not in done.out
+    assert done.status == 0 and 'not recorded' not in done.out and f'("{MODEL}", pretrained=True' in done.out
+    monkeypatch.setitem(pretrained.BUILT_IN, NAME, '0' * 64)  # published: pretrained=True takes that
+    assert f'timm.create_model("local-dir:{cache / NAME}", pretrained=True) takes it' in run(MODEL).out
 
 
 @pytest.mark.parametrize('file,content,message', [

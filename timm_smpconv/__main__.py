@@ -10,6 +10,7 @@ import torch
 from . import __version__, backends, startup
 from .checkpoint import CheckpointError
 from .console import robust_output
+from .pretrained import BUILT_IN
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
 from .weights import command as weights
@@ -167,9 +168,11 @@ def _weights(args: argparse.Namespace) -> int:
         elif args.remove:
             weights.remove(args.name, args.cache_dir, say=print)
         else:
-            weights.fetch(args.name, args.file, args.cache_dir, say=print)
+            folder = weights.fetch(args.name, args.file, args.cache_dir, say=print)
             place = f', cache_dir="{args.cache_dir}"' if args.cache_dir else ''
-            print(f'timm.create_model("{args.name}", pretrained=True{place}) takes it from there')
+            way = f'"local-dir:{folder}", pretrained=True' if BUILT_IN[folder.name] else (
+                f'"{args.name}", pretrained=True{place}')
+            print(f'timm.create_model({way}) takes it from there')
     except (weights.WeightsError, ConversionError, CheckpointError, SourcesError, OSError) as error:
         print(f'timm-smpconv weights: {error}', file=sys.stderr)
         return 1

@@ -19,7 +19,7 @@ from tqdm import tqdm
 __all__ = ['DriveError', 'arrived', 'download']
 
 TIMEOUT = 60  # seconds without a byte
-PATIENCE = 120  # seconds until the file begins: pages that lead to each other would go on for ever
+PATIENCE = 120  # seconds until the file begins: gdown would follow for ever a page that leads to itself (its issue 26)
 RETRIES = 3  # of a connection that failed or broke off, a few seconds apart
 # What gdown raises of a page that is not as it expects.
 _STRANGE_PAGE = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
