@@ -125,7 +125,11 @@ def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
         repo_id='timm-smpconv/smpconv_tiny.in1k', folder_path='smpconv_tiny.in1k')
     command, _ = (args for args in commands('docs/weights.md') if args[:2] == ['python', 'weights/publish.py'])
     assert '--dry-run' in command and publish.main(command[2:]) == 0
+    monkeypatch.setattr(constants, 'HF_ASSETS_CACHE', str(tmp_path / 'assets'))
+    *_, given, removal = (args for args in commands('docs/weights.md') if args[:2] == ['timm-smpconv', 'weights'])
+    assert '--file' in given and main(given[1:]) == 0
     *_, names = run('docs/weights.md')
+    assert '--remove' in removal and main(removal[1:]) == 0 and not (tmp_path / 'assets' / 'smpconv_tiny.in1k').exists()
     for key, value in names['converted'].state_dict().items():
         for name in ('theirs', 'pretrained', 'by_address'):
             assert torch.equal(names[name].state_dict()[key], value), (name, key)

@@ -10,8 +10,12 @@ import torch
 from . import __version__, backends, startup
 from .checkpoint import CheckpointError
 from .console import robust_output
+from .pretrained import BUILT_IN
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
+from .weights import command as weights
+from .weights.conversion import ConversionError
+from .weights.sources import SourcesError
 
 startup.finished()
 
@@ -49,6 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     digits = commands.add_parser('digits', help='write real handwritten digits as folders of images')
     digits.add_argument('folder', type=Path, metavar='DIR', help='an empty folder or a new one')
     digits.set_defaults(run=_digits)
+
+    of_weights = commands.add_parser(
+        'weights', help="download the authors' weights, convert and verify them; pretrained=True then takes them")
+    of_weights.add_argument('name', nargs='?', metavar='NAME', help='a model, such as smpconv_tiny')
+    of_weights.add_argument(
+        '--file', type=Path, help="the authors' file, if you downloaded it already, by a browser for example")
+    of_weights.add_argument(
+        '--list', action='store_true', help='list what exists, where, how large, and what is cached')
+    of_weights.add_argument('--remove', action='store_true', help='delete the weights of NAME from the cache')
+    of_weights.add_argument(
+        '--cache-dir', type=Path, metavar='DIR',
+        help="the cache, by default in Hugging Face's folder of assets (HF_ASSETS_CACHE); pass another one to "
+        'create_model, too')
+    of_weights.set_defaults(run=_weights)
 
     which = commands.add_parser(
         'backends', help='print by what this machine would compute the convolutions of a model, and why')
@@ -134,6 +152,30 @@ def _digits(args: argparse.Namespace) -> int:
         print(f'timm-smpconv digits: {error}', file=sys.stderr)
         return 1
     print(f'{len(images)} images in {args.folder}')
+    return 0
+
+
+@robust_output()
+def _weights(args: argparse.Namespace) -> int:
+    given = [option for option in ('file', 'list', 'remove') if getattr(args, option)]
+    if len(given) > 1 or (args.name is None) != args.list:
+        print(
+            'timm-smpconv weights: arguments must be NAME, NAME --file FILE, NAME --remove or --list', file=sys.stderr)
+        return 2
+    try:
+        if args.list:
+            print('\n'.join(weights.listing(args.cache_dir)))
+        elif args.remove:
+            weights.remove(args.name, args.cache_dir, say=print)
+        else:
+            folder = weights.fetch(args.name, args.file, args.cache_dir, say=print)
+            place = f', cache_dir="{args.cache_dir}"' if args.cache_dir else ''
+            way = f'"local-dir:{folder}", pretrained=True' if BUILT_IN[folder.name] else (
+                f'"{args.name}", pretrained=True{place}')
+            print(f'timm.create_model({way}) takes it from there')
+    except (weights.WeightsError, ConversionError, CheckpointError, SourcesError, OSError) as error:
+        print(f'timm-smpconv weights: {error}', file=sys.stderr)
+        return 1
     return 0
 
 
