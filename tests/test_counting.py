@@ -15,7 +15,7 @@ from torchinfo import summary
 from timm_smpconv import causal_conv1d, large_conv2d, to_plain, use_backend
 from timm_smpconv.ops import dense
 
-SIZE = (3, 64, 96)
+SIZE = (3, 96, 128)  # the last maps are 3×4: no part of a kernel meets padding alone, which would not be computed
 
 
 def published():
@@ -83,22 +83,20 @@ def test_flop_counter(grad, chosen, fastest):
     assert counter.get_total_flops() - rendering(counter) == expected + sum(small)
 
 
-@pytest.mark.parametrize('chosen', ['native', 'fft'])
 @pytest.mark.parametrize('recorded,passes', [((), 0), ((0,), 1), ((1,), 1), ((0, 1), 2)])
-@pytest.mark.parametrize('function,shapes,direct', [
-    (causal_conv1d, ((2, 4, 20), (6, 2, 20)), dict(padding=(19,), groups=2)),
-    (large_conv2d, ((2, 3, 12, 14), (4, 3, 9, 11)), dict(padding=(4, 5))),
+@pytest.mark.parametrize('function,shapes,arguments', [
+    (causal_conv1d, ((2, 4, 20), (6, 2, 20)), (None, 2)),
+    (large_conv2d, ((2, 3, 12, 14), (4, 3, 9, 11)), ()),
 ])
-def test_flops_of_convolutions_over_channels(chosen, recorded, passes, function, shapes, direct, monkeypatch):
-    """Those of the direct convolution, and as many for each gradient."""
-    monkeypatch.setattr(dense, 'prefers_transform', lambda *args: chosen == 'fft')
-    monkeypatch.setattr(dense.spectra, 'is_accurate', lambda x: torch.ones(len(x), dtype=torch.bool))
+def test_flops_of_transforms_are_those_of_the_direct_convolution(
+        recorded, passes, function, shapes, arguments, monkeypatch):
+    """And as many for each gradient."""
+    monkeypatch.setattr(dense, 'prefers_transform', lambda *args: True)
     x, weight = (torch.randn(shape) for shape in shapes)
     for i in recorded:
         (x, weight)[i].requires_grad_()
-    groups = (direct['groups'],) if 'groups' in direct else ()
     with FlopCounterMode(display=False) as counter:
-        y = function(x, weight, None, *groups)
+        y = function(x, weight, *arguments)
     expected = 2 * y.numel() * weight[0].numel()
     assert counter.get_total_flops() == expected
     if recorded:
@@ -136,7 +134,7 @@ def test_ptflops():
     parameters = sum(p.numel() for p in merged.parameters())
     macs = macs_of(merged, x)
     found, count = by_ptflops(to_plain(merged), 'pytorch')
-    assert count == parameters and macs < found < 1.1 * macs
+    assert count == parameters and macs < found < 1.2 * macs
     with use_backend('native'):
         found, count = by_ptflops(merged, 'aten')
         assert count == parameters and macs <= found < 1.1 * macs
