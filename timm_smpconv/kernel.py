@@ -96,9 +96,9 @@ def _render_windows(
 
     30 groups and channels, 30 points of radius 0.0002, 16,000 samples: 3 of them are not zero.
     """
-    with torch.no_grad():
-        first = ((coords[..., 0] - radius + 1) * ((size - 1) / 2)).floor().long()  # (G, P)
-        index = first.clamp(0, size - window).unsqueeze(-1) + torch.arange(window, device=coords.device)  # (G, P, W)
+    # Not under no_grad(), which torch.export would keep as an operator of its own.
+    first = ((coords.detach()[..., 0] - radius.detach() + 1) * ((size - 1) / 2)).floor().long()  # (G, P)
+    index = first.clamp(0, size - window).unsqueeze(-1) + torch.arange(window, device=coords.device)  # (G, P, W)
     basis = F.relu(1 - _distance(coords, size, index) / radius.unsqueeze(-1))  # (G, P, W)
     index = index.flatten(1)  # (G, P * W)
     if average:
@@ -125,8 +125,7 @@ def crop_unreached(kernel: torch.Tensor, coords: torch.Tensor, radius: torch.Ten
         return kernel
     oldest = None
     if _is_worth_reading(radius, kernel.shape[2]):
-        with torch.no_grad():
-            oldest = _known(coords[..., 0] - radius, torch.min)
+        oldest = _known(coords.detach()[..., 0] - radius.detach(), torch.min)
     if oldest is None or not math.isfinite(oldest):
         return kernel
     last = kernel.shape[2] - 1
