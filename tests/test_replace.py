@@ -131,6 +131,11 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class Merging(nn.Sequential):
+    def fuse(self):
+        raise AssertionError
+
+
 class Padded(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, weight, bias) + 1
@@ -161,7 +166,7 @@ LEFT = {
     'mode': (lambda: depthwise(padding_mode='circular'), "has padding_mode 'circular'"),
     'valid': (lambda: depthwise(padding='valid'), "has padding 'valid', which does not keep the size"),
     'padding': (lambda: depthwise(padding=(3, 2)), 'has padding 3×2, which does not keep the size'),
-    'small': (lambda: depthwise(size=(5, 9)), 'is 5×9, smaller than min_size = 7'),
+    'small': (lambda: depthwise(size=(5, 9)), 'is 5×9, with a side shorter than min_size = 7'),
     'large': (lambda: depthwise(size=15), 'is 15×15, larger than kernel_size = 13×13'),
     'two': (lambda: nn.Conv2d(6, 12, 7, padding=3, groups=6), 'has 2 kernels per channel'),
     'sequence': (lambda: nn.Conv1d(6, 6, 7, padding=3, groups=6), 'is a Conv1d'),
@@ -182,6 +187,7 @@ LEFT = {
 def test_what_cannot_be_replaced_is_left_alone_and_the_report_says_why():
     model = nn.ModuleDict({name: make() for name, (make, _) in LEFT.items()})
     model['tied'], model['dense'], model['good'] = tied(), nn.Conv2d(6, 6, 7, padding=3), depthwise()
+    model['merging'] = Merging(nn.Sequential(depthwise()))
     before = dict(model.named_modules())
     report = replace_depthwise(model, 13)
     assert [row.name for row in report.replaced] == ['good'] and isinstance(model['good'], SMPConv2d)
@@ -189,7 +195,9 @@ def test_what_cannot_be_replaced_is_left_alone_and_the_report_says_why():
     assert all(after[name] is module for name, module in before.items() if name != 'good')
     assert parametrize.is_parametrized(model['parametrised'])
     reasons = {name: reason for name, (_, reason) in LEFT.items()}
-    reasons.update({'tied.0': 'shares its weight with tied.1', 'tied.1': 'shares its weight with tied.0'})
+    reasons.update({
+        'tied.0': 'shares its weight with tied.1', 'tied.1': 'shares its weight with tied.0',
+        'merging.0.0': 'is part of a Merging, which reads its weight to merge it'})
     assert report.left.keys() == reasons.keys()
     for name, reason in reasons.items():
         assert report.left[name].startswith(reason), name
@@ -366,7 +374,7 @@ BAD = [
     (dict(kernel_size={'first': 13, 'last': 13}), "that no entry before it matches, got 'last', which matches none"),
     (dict(kernel_size={'*': 13, 7: 15}), 'that no entry before it matches, got (7, 7), which matches none'),
     (dict(kernel_size={}), 'got Net, where first is matched by no entry of kernel_size, and 1 more'),
-    (dict(min_size=9), 'got Net, where first is 7×7, smaller than min_size = 9, and 1 more'),
+    (dict(min_size=9), 'got Net, where first is 7×7, with a side shorter than min_size = 9, and 1 more'),
     (dict(kernel_size=5), 'got Net, where first is 7×7, larger than kernel_size = 5×5, and 1 more'),
     (dict(min_size=0), 'min_size must be an integer of at least 1, got 0'),
     (dict(points=0), 'points must be an integer of at least 1, got 0'),
@@ -433,7 +441,7 @@ def test_mobilenetv4_goes_on():
     report = replace_depthwise(model, min_size=5, images=images)
     assert {row.name.split('.')[-2] for row in report.replaced} == {'dw_start', 'dw_mid'}
     assert {row.old_size for row in report.replaced} == {(5, 5)} and report.logits < 1e-5
-    assert {'has stride 2×2', 'is 3×3, smaller than min_size = 5'} == set(report.left.values())
+    assert {'has stride 2×2', 'is 3×3, with a side shorter than min_size = 5'} == set(report.left.values())
     with torch.no_grad():
         assert difference(reparameterize_model(model)(images), model(images)) < TOLERANCE[torch.float32]
 

@@ -33,6 +33,8 @@ STEPS = 200
 RATE = 0.05  # Adam's, falling to 0
 RIDGE = 1e-3  # keeps the weights of points that come close from growing against each other
 
+MERGING_METHODS = ('fuse', 'reparameterize', 'switch_to_deploy')  # that `timm.utils.reparameterize_model` calls
+
 
 class Replacement(NamedTuple):
     """One convolution that was replaced, or several places of a network that share it.
@@ -191,7 +193,8 @@ def _candidates(model: nn.Module) -> Tuple[Dict[Any, _Place], Dict[str, str]]:
             owners.setdefault(id(parameter), []).append(name)
         if _is_depthwise(module):
             places[module] = _Place(name, [], [])
-    for name, parent in model.named_modules(remove_duplicate=False):
+    everything = dict(model.named_modules(remove_duplicate=False))
+    for name, parent in everything.items():
         for child, module in parent._modules.items():
             if module in places:
                 places[module].names.append(f'{name}.{child}' if name else child)
@@ -205,6 +208,11 @@ def _candidates(model: nn.Module) -> Tuple[Dict[Any, _Place], Dict[str, str]]:
         if not reason and len(owners[id(module.weight)]) > 1:
             others = ' and '.join(other for other in owners[id(module.weight)] if other != place.name)
             reason = f'shares its weight with {others}'
+        if not reason:
+            above = (everything[name[:i]] for name in place.names for i, c in enumerate(name) if c == '.')
+            merging = next((m for m in above if any(hasattr(type(m), method) for method in MERGING_METHODS)), None)
+            if merging is not None:
+                reason = f'is part of a {type(merging).__name__}, which reads its weight to merge it'
         if reason:
             left[place.name] = reason
             del places[module]
@@ -267,7 +275,7 @@ def _chosen_sizes(
         old = conv.kernel_size
         found = next((rule for rule in rules if _matches(rule[0], place.names, old)), None)
         if min(old) < min_size:
-            left[place.name] = f'is {_text(old)}, smaller than min_size = {min_size}'
+            left[place.name] = f'is {_text(old)}, with a side shorter than min_size = {min_size}'
         elif found is None:
             left[place.name] = 'is matched by no entry of kernel_size'
         elif found[1] is not None and (found[1][0] < old[0] or found[1][1] < old[1]):
