@@ -90,6 +90,18 @@ def test_layer_and_operator(run):
     assert 1e-4 < names['errors']['fft'] < 1e-2  # the figures on the page, on any CPU
 
 
+def test_replace(run):
+    pages = run('docs/replace.md')
+    names = next(pages)
+    assert difference(names['model'](names['images']), names['before']) < 1e-5
+    assert {row[1:4] for row in names['report'].replaced} == {((7, 7), (31, 31), 277)}
+    next(pages)
+    sizes = [row.kernel_size for row in names['model'].modules() if isinstance(row, timm_smpconv.SMPConv2d)]
+    assert sizes == [(31, 31)] * 2 + [(13, 13)] * 2 + [(7, 7)] * 8
+    *_, names = pages
+    assert isinstance(names['optimizer'], timm_smpconv.SMPAdamW)
+
+
 def test_sequences(run):
     weights = timm.create_model('smpconv_tcn_ct').state_dict()
     torch.save({'state_dict': weights}, 'last.ckpt')  # as tests/test_sequences.py sees Lightning write it
@@ -167,7 +179,7 @@ def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
-        'docs/deployment.md'}
+        'docs/deployment.md', 'docs/replace.md'}
 
 
 def commands(page):

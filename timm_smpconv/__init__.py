@@ -20,6 +20,7 @@ from .optim import (
     smp_param_groups as smp_param_groups,
 )
 from .plain import to_plain as to_plain
+from .replace import ReplaceReport as ReplaceReport, replace_depthwise as replace_depthwise
 from .smp_resnet import SMPResNet as SMPResNet
 from .smp_tcn import SMPTCN as SMPTCN
 from .smpconv import SMPConvNet as SMPConvNet
