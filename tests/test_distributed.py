@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import lr_scheduler
 
 from timm_smpconv import SMPAdamW, SMPConv2d
 from timm_smpconv.optim import add_point_rules
@@ -63,20 +64,26 @@ def adamw_with_rules(net):
     return add_point_rules(torch.optim.AdamW(net.parameters(), lr=LR), net)
 
 
-def expected_after(updates):
+def expected_after(updates, factor=lambda update: 1., exempt=('coords',)):
     """Parameters after updates in one process, and how many updates moved a radius out of its range.
 
-    One optimizer holds the radii, at their rate and clamped by hand, another the rest.
+    Plain AdamW, with the rates set and the radii clamped by hand.
+
+    Args:
+        updates: How many.
+        factor: Of the learning rate in an update.
+        exempt: How the names end of the parameters that do not decay, beside radii.
     """
     net = Net()
     radii = [net.first.kernel.radius, net.second.kernel.radius]
-    decays = [p for n, p in net.named_parameters() if not n.endswith(('radius', 'coords'))]
-    coords = [net.first.kernel.coords, net.second.kernel.coords]
+    decays = [p for n, p in net.named_parameters() if not n.endswith(('radius', *exempt))]
+    others = [p for n, p in net.named_parameters() if n.endswith(exempt)]
     optimizer = torch.optim.AdamW([
-        {'params': decays}, {'params': coords, 'weight_decay': 0.},
-        {'params': radii, 'weight_decay': 0., 'lr': 0.1 * LR}], lr=LR)
+        {'params': decays}, {'params': others, 'weight_decay': 0.}, {'params': radii, 'weight_decay': 0.}])
     clamped = 0
     for update in range(updates):
+        for group, scale in zip(optimizer.param_groups, (1., 1., 0.1)):
+            group['lr'] = LR * factor(update) * scale
         update_once(net, optimizer, update)
         clamped += any(((r < 1e-3) | (r > 1)).any().item() for r in radii)
         with torch.no_grad():
@@ -159,6 +166,8 @@ def fsdp_process(rank, folder, make):
     else:
         net.load_state_dict(state)
     assert (net.first.kernel.radius.to_local() == -1).all()
+    update_once(net, optimizer, UPDATES, share)
+    check_in_range(net)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -168,10 +177,32 @@ def test_fsdp_in_two_processes_is_one_process(make, tmp_path):
     torch.multiprocessing.spawn(fsdp_process, (str(tmp_path), make), nprocs=2)
 
 
+SCHEDULES = {
+    'LambdaLR': lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (update + 1)),
+    'OneCycleLR': lambda optimizer: lr_scheduler.OneCycleLR(optimizer, LR, total_steps=4, cycle_momentum=False),
+    'CosineAnnealingWarmRestarts': lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3),
+}
+
+
+def factors(schedule, updates):
+    """What a schedule makes of the rate in each update, seen at an optimizer of one plain parameter."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
+    scheduler = schedule(optimizer)
+    found = []
+    for _ in range(updates):
+        found.append(optimizer.param_groups[0]['lr'] / LR)
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
 @pytest.mark.filterwarnings('ignore:.isinstance.treespec, LeafSpec:FutureWarning')  # of Lightning 2.6 and torch 2.14
+@pytest.mark.parametrize('schedule', SCHEDULES)
 @pytest.mark.parametrize('make', [smpadamw, adamw_with_rules])
-def test_lightning(make, tmp_path):
+def test_lightning(make, schedule, tmp_path):
     lightning = pytest.importorskip('lightning')
+    factor = factors(SCHEDULES[schedule], 3).__getitem__
+    assert len({factor(update) for update in range(3)}) > 1
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -184,7 +215,7 @@ def test_lightning(make, tmp_path):
 
         def configure_optimizers(self):
             optimizer = make(self.net)
-            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.)]
+            return [optimizer], [{'scheduler': SCHEDULES[schedule](optimizer), 'interval': 'step'}]
 
     def fit(module, updates, ckpt_path=None):
         trainer = lightning.Trainer(
@@ -196,7 +227,7 @@ def test_lightning(make, tmp_path):
 
     module = Module()
     trainer = fit(module, 2)
-    expected, clamped = expected_after(2)
+    expected, clamped = expected_after(2, factor)
     assert clamped
     check(dict(module.net.named_parameters()), expected)
     trainer.save_checkpoint(tmp_path / 'last.ckpt')
@@ -207,7 +238,7 @@ def test_lightning(make, tmp_path):
     optimizer = make(again.net)
     optimizer.load_state_dict(saved['optimizer_states'][0])
     update_once(again.net, optimizer, 2)
-    check(dict(again.net.named_parameters()), expected_after(3)[0])
+    check(dict(again.net.named_parameters()), expected_after(3, factor)[0])
 
 
 @pytest.mark.parametrize('order', ['before', 'behind'])

@@ -14,6 +14,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -28,8 +29,11 @@ import yaml
 from conftest import MODELS, difference, shake_norms, wake_weights
 from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
+from test_tools import without_classes
 from test_weights import unpublished
+from timm.data import create_transform, resolve_model_data_config
 from torch.distributed.run import get_args_parser
+from torch.distributed.tensor import DTensor
 
 import timm_smpconv
 from timm_smpconv import pretrained
@@ -175,11 +179,54 @@ def test_deployment(run, tmp_path, monkeypatch):
         assert parameters < (tmp_path / file).stat().st_size < 1.05 * parameters, file
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    'ignore:.isinstance.treespec, LeafSpec:FutureWarning',  # of Lightning 2.6 and torch 2.14
+    'ignore:.*(pin_memory|tensorboardX|many workers|number of training batches):UserWarning')  # advice of trainers
+def test_tools(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        torch.distributed, 'init_process_group', partial(
+            torch.distributed.init_process_group, init_method=f'file://{tmp_path}/meet', rank=0, world_size=1))
+    torch.save({'model': authors_state_dict('smpconv_mobile31', num_classes=10)}, 'digits.pth')
+    (command,) = (args for args in commands('docs/tools.md') if args[:2] == ['python', 'weights/convert.py'])
+    assert convert.main(command[2:]) == 0
+    for folder in ('smpconv_mobile31.digits', 'smpconv_mobile31.digits-merged'):
+        without_classes(tmp_path / folder)
+    network = timm.create_model('local-dir:smpconv_mobile31.digits', pretrained=True).eval()
+    for names in run('docs/tools.md'):
+        if 'logits' in names:
+            with torch.no_grad():
+                image = create_transform(**resolve_model_data_config(network))(names['image'])[None]
+                assert difference(names.pop('logits'), network(image)) < 1e-4
+                assert names['scores'][0]['score'] == pytest.approx(network(image).softmax(1).max().item(), rel=1e-3)
+    images = names['images']
+    with torch.no_grad():
+        maps = network.forward_intermediates(images, intermediates_only=True)
+        trainable = names['trainable'].eval()(images).feature_maps
+        for actual, restored, expected in zip(names['maps'], trainable, maps, strict=True):
+            assert difference(actual, expected) < 1e-4
+            assert difference(restored, expected) < 1e-4
+        assert difference(names['merged_unet'](images), names['unet'](images)) < 1e-4
+        for level, expected in names['retinanet'].backbone(images).items():
+            assert difference(names['merged_retinanet'].backbone(images)[level], expected) < 1e-4
+        assert len(names['faster_rcnn'].eval()(list(images.sigmoid()))) == 2
+    again = timm.create_model('local-dir:finetuned', pretrained=True).eval()
+    with torch.no_grad():
+        assert difference(again(images), names['classifier'].eval()(images).logits) < 1e-4
+    assert isinstance(names['optimizer'], timm_smpconv.SMPAdamW)
+    for trained in (again, names['module'].network, names['sharded']):
+        assert difference(*(full(m.head.fc.weight) for m in (trained, network))) > 1e-4
+
+
+def full(weight):
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
-        'docs/deployment.md', 'docs/replace.md'}
+        'docs/deployment.md', 'docs/replace.md', 'docs/tools.md'}
 
 
 def commands(page):

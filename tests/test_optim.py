@@ -129,6 +129,9 @@ TORCH_SCHEDULERS = {
     'StepLR': lambda o: lr_scheduler.StepLR(o, 1),
     'CosineAnnealingLR': lambda o: lr_scheduler.CosineAnnealingLR(o, 10, eta_min=2e-4),
     'OneCycleLR': lambda o: lr_scheduler.OneCycleLR(o, 3e-3, 10, cycle_momentum=False),
+    'CosineAnnealingWarmRestarts': lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    'SequentialLR': lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, 10)], [2]),
     'ReduceLROnPlateau': lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
     'LinearLR': lambda o: lr_scheduler.LinearLR(o),
 }

@@ -33,6 +33,8 @@ def dist(tmp_path_factory):
     folder = tmp_path_factory.mktemp('release')
     left_out = shutil.ignore_patterns('.*', '__pycache__', '*.egg-info', 'build', 'dist', 'smpconv-demo', 'shared')
     shutil.copytree(ROOT, folder / 'source', ignore=left_out)
+    shutil.copytree(ROOT / '.ci', folder / 'source' / '.ci')
+    shutil.copy(ROOT / '.pre-commit-config.yaml', folder / 'source')
     # No isolation: what pyproject.toml requires for the build is in the extra `test`, and nothing is downloaded.
     environ = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}  # setuptools warns of it
     output = run('-m', 'build', '--no-isolation', '--outdir', folder / 'dist', folder / 'source', env=environ)
@@ -44,6 +46,15 @@ def dist(tmp_path_factory):
 def wheel(dist):
     (path,) = dist.glob('*.whl')
     return path
+
+
+@pytest.fixture(scope='module')
+def unpacked(dist, tmp_path_factory):
+    """The folder of the unpacked sdist."""
+    (path,) = dist.glob('*.tar.gz')
+    with tarfile.open(path) as archive:
+        archive.extractall(folder := tmp_path_factory.mktemp('unpacked').resolve(), filter='data')
+    return folder / f'timm_smpconv-{VERSION}'
 
 
 @pytest.fixture(scope='module')
@@ -63,17 +74,32 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, metadata):
         licence = archive.read(f'timm_smpconv-{VERSION}.dist-info/licenses/LICENSE')
     assert licence == (ROOT / 'LICENSE').read_bytes()
     assert (metadata['Name'], metadata['Version'], metadata['License-Expression']) == ('timm-smpconv', VERSION, 'MIT')
-    assert {'demo', 'export', 'scripts', 'test'} <= set(metadata.get_all('Provides-Extra'))
+    assert {'demo', 'export', 'scripts', 'test', 'tools'} <= set(metadata.get_all('Provides-Extra'))
 
 
 @pytest.mark.slow
-def test_sdist_holds_what_a_reader_needs_and_no_tests(dist):
-    (path,) = dist.glob('*.tar.gz')
-    with tarfile.open(path) as archive:
-        names = {name.partition('/')[2] for name in archive.getnames()}
-    assert {'LICENSE', 'README.md', 'CHANGELOG.md', 'pyproject.toml', 'docs/training.md', 'docs/kernels.png'} <= names
-    assert 'timm_smpconv/py.typed' in names and 'timm_smpconv/recipes/smpconv_base.yaml' in names
-    assert not [name for name in names if name.startswith('tests')]
+def test_sdist_holds_the_checkout(dist, unpacked):
+    source = dist.parent / 'source'
+    folders = ('.ci', 'benchmarks', 'docs', 'tests', 'timm_smpconv', 'weights')
+    expected = {
+        '.pre-commit-config.yaml', 'CHANGELOG.md', 'CONTRIBUTING.md', 'LICENSE', 'MANIFEST.in', 'README.md',
+        'hubconf.py', 'pyproject.toml',
+        *(p.relative_to(source).as_posix() for folder in folders for p in (source / folder).rglob('*') if p.is_file())}
+    found = {path.relative_to(unpacked) for path in unpacked.rglob('*') if path.is_file()}
+    added = ('PKG-INFO', 'setup.cfg', 'timm_smpconv.egg-info')  # by setuptools
+    assert {path.as_posix() for path in found if path.parts[0] not in added} == expected
+    assert {'tests/plugins/float64.py', 'weights/sources.yaml', 'docs/kernels.png'} <= expected
+
+
+@pytest.mark.slow
+def test_tests_run_from_the_sdist(unpacked):
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(('PYTEST_', 'PYTHONPATH'))}
+    where = run('-c', 'import timm_smpconv; print(timm_smpconv.__file__)', cwd=unpacked, env=environ)
+    assert Path(where.strip()).parent == unpacked / 'timm_smpconv'
+    output = run(
+        '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_kernel.py', 'tests/test_layers.py',
+        'tests/test_weights.py', 'tests/test_docs.py::test_commit_hooks_run_what_ci_runs', cwd=unpacked, env=environ)
+    assert re.search(r'^\d{2,} passed', output, re.MULTILINE), output
 
 
 @pytest.mark.slow
