@@ -164,8 +164,8 @@ def scripted(model):
     copy.deepcopy, pickled, scripted, torch.fx.symbolic_trace, lambda model: ModelEmaV3(model).module,
     lambda model: torch.export.export(model, (torch.randn(1, 3, 64, 96),)).module(),
 ])
-def test_the_size_survives(copied, model):
-    x = torch.randn(1, 3, 64, 96)
+def test_the_size_survives(copied):
+    model, x = small_model(depths=(1, 1, 1, 1)), torch.randn(1, 3, 64, 96)
     unlike = model(x)
     resize_kernels(model, scale=2)
     assert difference(copied(model)(x), model(x)) < TOLERANCE[torch.float32]
@@ -177,7 +177,7 @@ def test_features_and_a_larger_model_are_resized(images):
     expected = resize_kernels(copy.deepcopy(features), scale=2)(images)
     resize_kernels(nn.ModuleDict(dict(encoder=features)), kernel_sizes={9: 17, 7: 13, 5: (9, 9)})
     assert kernel_sizes(features) == [(17, 17), (13, 13), (13, 13), (13, 13), (9, 9)]
-    assert all(torch.equal(a, e) for a, e in zip(features(images), expected))
+    assert all(map(torch.equal, features(images), expected))
 
 
 def test_sizes_of_the_stages(model):
@@ -257,7 +257,7 @@ def test_models_that_are_refused(make, message):
     (partial(SMPConv2d, 4, 4, 7), 6, r'kernel_size must be odd and positive, got \(6, 6\)'),
     (partial(SMPConv2d, 4, 4, 7), 1, r'kernel_size must be at least 3 .*got \(1, 1\)'),
     (partial(SMPConv2d, 4, 4, (7, 1)), 7, r'and 1 where it was built with 1 sample, got \(7, 7\)'),
-    (partial(SMPConv2d, 4, 4, 9, padding=2), 5, r'must leave some of the padding \(2, 2\), .*from \(9, 9\), got \(5, 5\)'),
+    (partial(SMPConv2d, 4, 4, 9, padding=2), 5, r'must leave some of the padding \(2, 2\), .*got \(5, 5\)'),
     (partial(SMPConv1d, 4, 4, 9), 8, 'kernel_size must be odd and at least 3, unless causal, got 8'),
     (partial(SMPConv1d, 4, 4, 9, causal=True), 1, 'kernel_size must be at least 2, got 1'),
     (partial(RepSMPConv2d, 4, 9, (5, 7)), (9, 5), r'must not be smaller than the kernel beside it, \(5, 7\), got'),
@@ -271,3 +271,90 @@ def test_a_layer_that_refuses_a_size_is_unchanged(make, size, message):
     for name, m in layer.named_modules():
         assert {k: v for k, v in vars(m).items() if not k.startswith('_')} == {
             k: v for k, v in before[name].items() if not k.startswith('_')}
+
+
+def dilated(weight, d):
+    """The taps of a kernel, d apart."""
+    holes = torch.zeros(d, d, dtype=weight.dtype)
+    holes[0, 0] = 1
+    return torch.kron(weight, holes)[..., :(1 - d) or None, :(1 - d) or None]
+
+
+@pytest.mark.parametrize('k,small,d', [(5, 3, 2), ((7, 5), (3, 5), 4), (5, 5, 1)])
+def test_a_dilated_layer_equals_the_loops_and_merges(k, small, d):
+    layer = shake_norms(RepSMPConv2d(3, k, small, 6, dilation=d, dtype=torch.float64)).eval()
+    kernel = spread(layer.large.conv.kernel)
+    size = layer.large.conv.kernel_size
+    assert size == tuple(d * (n - 1) + 1 for n in kernel.native_size)
+    assert layer.state_dict().keys() == RepSMPConv2d(3, k, small, 6).state_dict().keys()
+    x = torch.randn(2, 3, 11, 12, dtype=torch.float64)
+    expected = 0
+    for branch, weight in (
+            (layer.large, oracle(kernel, size).transpose(0, 1)), (layer.small, dilated(layer.small.conv.weight, d))):
+        y = conv_loop(x, weight, None, 1, [n // 2 for n in weight.shape[2:]])
+        expected = expected + branch.bn(y)
+    assert difference(layer(x), expected) < TOLERANCE[torch.float64]
+    assert difference(layer.fuse()(x), expected) < TOLERANCE[torch.float64]
+    resize_kernels(layer, scale=1)
+    assert layer.large.conv.kernel_size == size
+    assert difference(layer.resize(tuple(n + 4 for n in size)).fuse()(x), layer(x)) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize('output_stride,reductions,sizes', [
+    (32, [4, 8, 16, 32], [9, 7, 7, 5]), (16, [4, 8, 16, 16], [9, 7, 7, 9]), (8, [4, 8, 8, 8], [9, 7, 13, 17])])
+def test_output_stride(model, images, output_stride, reductions, sizes):
+    args = dict(output_stride=output_stride, shake=False)
+    strided = small_model(**args)
+    strided.load_state_dict(model.state_dict())
+    assert [stage.blocks[0].dwconv.large.conv.kernel_size[0] for stage in strided.stages] == sizes
+    if output_stride == 32:
+        assert torch.equal(strided(images), model(images))
+    features = small_model(features_only=True, **args)
+    features.load_state_dict({
+        k.replace('stages.', 'stages_', 1): v for k, v in model.state_dict().items() if not k.startswith('head.')})
+    assert features.feature_info.reduction() == reductions
+    maps = features(images)
+    assert [64 // m.shape[2] for m in maps] == [96 // m.shape[3] for m in maps] == reductions
+
+    x = strided.forward_features(images)
+    assert difference(maps[-1], x) < TOLERANCE[torch.float32]
+    assert difference(torch.jit.script(strided)(images), strided(images)) < TOLERANCE[torch.float32]
+    merged = reparameterize_model(strided)
+    assert difference(merged.forward_features(images), x) < TOLERANCE[torch.float32]
+    rebuilt = small_model(inference_mode=True, **args)
+    rebuilt.load_state_dict(merged.state_dict())
+    assert torch.equal(rebuilt(images), merged(images))
+    x.sum().backward()
+
+
+@pytest.mark.parametrize('output_stride', [16, 8])
+def test_a_stage_that_keeps_its_stride_computes_what_the_other_does_and_more(model, output_stride):
+    """Its downsampling layers; at every second position of the denser map they are those of the strided network."""
+    strided = small_model(output_stride=output_stride, shake=False)
+    strided.load_state_dict(model.state_dict())
+    for i in range(1, 4):
+        density = max(1, 4 * 2 ** (i - 1) // output_stride)  # of the map in front of the stage
+        within = max(1, 4 * 2 ** i // output_stride)
+        x = torch.randn(2, model.stages[i].downsample[0].conv.in_channels, 16, 24)
+        expected = model.stages[i].downsample(x[..., ::density, ::density])
+        actual = strided.stages[i].downsample(x)[..., ::within, ::within]
+        assert difference(actual, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize('make,message', [
+    (lambda: small_model(output_stride=4), 'output_stride must be 8, 16 or 32, got 4'),
+    (lambda: RepSMPConv2d(4, 7, dilation=0), 'dilation must be at least 1, got 0'),
+])
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_scale_refers_to_the_sizes_of_the_output_stride(images):
+    model = small_model(output_stride=16)
+    resize_kernels(model, scale=2)
+    assert kernel_sizes(model)[-1] == (17, 17)
+    with pytest.raises(ValueError, match=r'kernel beside it, \(9, 9\), got \(5, 5\)'):
+        resize_kernels(model, kernel_sizes=5)
+    merged = reparameterize_model(model)
+    assert difference(merged(images), model(images)) < TOLERANCE[torch.float32]

@@ -25,7 +25,8 @@ from .ops import depthwise_conv2d, large_conv2d
 
 __all__ = [
     'CausalConv1d', 'ConvNorm', 'DenseRepSMPConv2d', 'DepthwiseConv2d', 'RepConv', 'RepSMPConv1d', 'RepSMPConv2d',
-    'SMPConv1d', 'SMPConv2d', 'check_images', 'check_sequences', 'merged_block', 'odd_sizes']
+    'SMPConv1d', 'SMPConv2d', 'check_images', 'check_sequences', 'dilated_size', 'merged_block',
+    'odd_sizes']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
@@ -179,7 +180,8 @@ class _SMPConv(CheckedLoading):
             This module.
 
         Raises:
-            ValueError: kernel_size breaks these rules or would leave no padding where there was some; nothing is changed.
+            ValueError: kernel_size breaks these rules, or would leave no padding where there was some. Nothing is
+                changed then.
         """
         size, padding = self.check_resize(kernel_size)
         self.kernel.resize(size)
@@ -443,7 +445,7 @@ class RepConv(CheckedLoading):
             raise ValueError(f'the large branch must be an SMP convolution to be resized, got {type(conv).__name__}')
         size, _ = conv.check_resize(kernel_size)
         small = self.small.conv if isinstance(self.small, ConvNorm) else self.small
-        least = tuple(d * (k - 1) + 1 for k, d in zip(small.kernel_size, small.dilation))
+        least = dilated_size(small.kernel_size, small.dilation[0])
         if any(k < s for k, s in zip(size, least)):
             raise ValueError(f'kernel_size must not be smaller than the kernel beside it, {least}, got {size}')
 
@@ -479,6 +481,9 @@ class RepSMPConv2d(RepConv):
         kernel_size: Size of the SMP kernel, odd.
         small_kernel: Size of the kernel beside it, odd, not larger than kernel_size.
         points: See `SMPConv2d`.
+        dilation: For a map that is this many times as dense as one for which the sizes are meant. The large kernel has
+            no holes: it is rendered at dilation * (kernel_size - 1) + 1 samples, see `SMPConv2d.resize`. The small one
+            is dilated.
 
     Example:
         >>> import torch, timm_smpconv
@@ -495,15 +500,25 @@ class RepSMPConv2d(RepConv):
             kernel_size: _int_or_pair,
             small_kernel: _int_or_pair = 5,
             points: Optional[int] = None,
+            dilation: int = 1,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        large, small = odd_sizes(kernel_size, small_kernel)
+        large, (k, l) = odd_sizes(kernel_size, small_kernel)
+        if dilation < 1:
+            raise ValueError(f'dilation must be at least 1, got {dilation}')
         conv = SMPConv2d(
             channels, channels, large, padding='same', groups=channels, bias=False, points=points, **dd)
-        super().__init__(
-            ConvNorm(conv, **dd), ConvNorm(DepthwiseConv2d(channels, small, bias=False, **dd), **dd))
+        if dilation == 1:
+            small: nn.Conv2d = DepthwiseConv2d(channels, (k, l), bias=False, **dd)
+        else:
+            conv.resize(dilated_size(large, dilation))
+            conv.built_size = conv.kernel_size
+            small = nn.Conv2d(
+                channels, channels, (k, l), padding=(dilation * (k // 2), dilation * (l // 2)), dilation=dilation,
+                groups=channels, bias=False, **dd)
+        super().__init__(ConvNorm(conv, **dd), ConvNorm(small, **dd))
 
 
 class DenseRepSMPConv2d(RepConv):
@@ -619,6 +634,11 @@ def odd_sizes(kernel_size: _int_or_pair, small_kernel: _int_or_pair) -> Tuple[Tu
     if small[0] > large[0] or small[1] > large[1]:
         raise ValueError(f'small_kernel must not be larger than kernel_size = {large}, got {small}')
     return large, small
+
+
+def dilated_size(size: Tuple[int, ...], dilation: int) -> Tuple[int, ...]:
+    """The samples that a kernel spans if they lie `dilation` apart."""
+    return tuple(dilation * (k - 1) + 1 for k in size)
 
 
 def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
