@@ -261,6 +261,7 @@ def test_models_that_are_refused(make, message):
     (partial(SMPConv1d, 4, 4, 9), 8, 'kernel_size must be odd and at least 3, unless causal, got 8'),
     (partial(SMPConv1d, 4, 4, 9, causal=True), 1, 'kernel_size must be at least 2, got 1'),
     (partial(RepSMPConv2d, 4, 9, (5, 7)), (9, 5), r'must not be smaller than the kernel beside it, \(5, 7\), got'),
+    (lambda: reparameterize_model(RepSMPConv2d(4, 9).eval()), 9, 'must be an SMP convolution .* got Merged'),
     (partial(SMPKernel, 4, (9, 9), 5), (9,), r'size must be at least 2 on each axis, .*\(9, 9\) is 1, got \(9,\)'),
 ])
 def test_a_layer_that_refuses_a_size_is_unchanged(make, size, message):

@@ -68,7 +68,8 @@ class Convolution(NamedTuple):
         dilation, size = self.like.dilation, self.weight.shape[2:]
         dense = self.weight.new_zeros(
             *self.weight.shape[:2], *(d * (k - 1) + 1 for k, d in zip(size, dilation)))
-        dense[(..., *(slice(None, None, d) for d in dilation))] = self.weight
+        taps: Any = (..., *(slice(None, None, d) for d in dilation))
+        dense[taps] = self.weight
         return dense
 
     def _is_large(self) -> bool:

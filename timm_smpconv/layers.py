@@ -126,7 +126,8 @@ class _SMPConv(CheckedLoading):
         if padding_mode != 'zeros':
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.built_size, self.dilation = kernel_size, kernel_size, dilation
+        self.kernel_size, self.dilation = kernel_size, dilation
+        self.built_size = kernel_size  # to which the `scale` of `resize_kernels` refers
         self.depthwise = _is_depthwise(in_channels, out_channels, groups)
         if self.depthwise:
             shape: Any = dict(channels=in_channels)
@@ -182,6 +183,13 @@ class _SMPConv(CheckedLoading):
         Raises:
             ValueError: kernel_size breaks these rules, or would leave no padding where there was some. Nothing is
                 changed then.
+
+        Example:
+            >>> SMPConv2d(8, 8, 31, padding=15, groups=8).resize(61)
+            SMPConv2d(
+              8, 8, kernel_size=(61, 61), stride=(1, 1), padding=(30, 30), groups=8, bias=True
+              (kernel): SMPKernel(8, size=(61, 61), points=240, groups=1, average=False, native_size=(31, 31))
+            )
         """
         size, padding = self.check_resize(kernel_size)
         self.kernel.resize(size)
@@ -440,11 +448,10 @@ class RepConv(CheckedLoading):
 
     def check_resize(self, kernel_size: Any) -> None:
         """Raise the ValueError that `resize` would raise, if it would."""
-        conv = self.large.conv
-        if not isinstance(conv, _SMPConv):
-            raise ValueError(f'the large branch must be an SMP convolution to be resized, got {type(conv).__name__}')
-        size, _ = conv.check_resize(kernel_size)
-        small = self.small.conv if isinstance(self.small, ConvNorm) else self.small
+        large, small = _conv_of(self.large), _conv_of(self.small)
+        if not isinstance(large, _SMPConv):
+            raise ValueError(f'the large branch must be an SMP convolution to be resized, got {type(large).__name__}')
+        size, _ = large.check_resize(kernel_size)
         least = dilated_size(small.kernel_size, small.dilation[0])
         if any(k < s for k, s in zip(size, least)):
             raise ValueError(f'kernel_size must not be smaller than the kernel beside it, {least}, got {size}')
@@ -462,7 +469,7 @@ class RepConv(CheckedLoading):
             ValueError: kernel_size breaks these rules; nothing is changed.
         """
         self.check_resize(kernel_size)
-        self.large.conv.resize(kernel_size)
+        _conv_of(self.large).resize(kernel_size)
         return self
 
     @torch.no_grad()
@@ -634,6 +641,11 @@ def odd_sizes(kernel_size: _int_or_pair, small_kernel: _int_or_pair) -> Tuple[Tu
     if small[0] > large[0] or small[1] > large[1]:
         raise ValueError(f'small_kernel must not be larger than kernel_size = {large}, got {small}')
     return large, small
+
+
+def _conv_of(branch: nn.Module) -> Any:
+    """The convolution in a `ConvNorm`, or one that stands in its place."""
+    return getattr(branch, 'conv', branch)
 
 
 def dilated_size(size: Tuple[int, ...], dilation: int) -> Tuple[int, ...]:
