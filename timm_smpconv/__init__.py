@@ -21,6 +21,7 @@ from .optim import (
 )
 from .plain import to_plain as to_plain
 from .replace import ReplaceReport as ReplaceReport, replace_depthwise as replace_depthwise
+from .resize import resize_kernels as resize_kernels
 from .smp_resnet import SMPResNet as SMPResNet
 from .smp_tcn import SMPTCN as SMPTCN
 from .smpconv import SMPConvNet as SMPConvNet
