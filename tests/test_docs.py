@@ -154,6 +154,7 @@ def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings('ignore:Setting (forward, )?backward hooks')  # captum, of what it does
 def test_deployment(run, tmp_path, monkeypatch):
     create = timm.create_model
 
@@ -162,17 +163,24 @@ def test_deployment(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(timm, 'create_model', awake)
     engines = quantized = 0
-    with torch._inductor.config.patch(freezing=False), torch.no_grad():  # puts back what the page sets
+    with torch._inductor.config.patch(freezing=False):  # puts back what the page sets
         for names in run('docs/deployment.md'):
-            if 'logits' in names:  # eager, prepacked, compiled, OpenVINO, ONNX Runtime
+            if 'plain_logits' in names:
+                assert difference(names.pop('plain_logits'), names['model'](names['image'])) < 1e-4
+            if 'logits' in names:  # AOTInductor, eager, prepacked, compiled, OpenVINO, ONNX Runtime
                 assert difference(names.pop('logits'), names['model'](names['image'])) < 1e-4
                 engines += 1
-            if 'int8_logits' in names:  # OpenVINO, ONNX Runtime
+            if 'int8_logits' in names:  # OpenVINO, ONNX Runtime, torchao
                 assert difference(names.pop('int8_logits'), names['model'](names['image'])) < 0.1
                 quantized += 1
-        assert (engines, quantized) == (5, 2)
+        assert (engines, quantized) == (6, 3)
         image = torch.randn(1, 3, 64, 64)
         assert difference(names['again'].eval()(image), names['model'](image)) < 1e-5
+    for name in ('deep_lift', 'guided', 'relevance'):
+        assert names[name].shape == names['pixels'].shape and names[name].isfinite().all() and names[name].any()
+    assert round(names['macs'] / 1e9, 3) == 5.668  # as the page says
+    for name in ('found', 'by_module', 'by_operator'):
+        assert 1 < names[name] / names['macs'] < 1.1, name
     assert (tmp_path / 'smpconv_tiny.onnx').exists()
     parameters = sum(p.numel() for p in names['merged'].parameters())
     for file in ('smpconv_tiny_int8.bin', 'smpconv_tiny_int8.onnx'):  # every weight in a byte, depthwise ones, too
@@ -227,6 +235,12 @@ def test_every_page_with_code_is_run():
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
         'docs/deployment.md', 'docs/replace.md', 'docs/tools.md'}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_blocks_that_need_packages_of_no_extra_are_python(page):
+    for block in blocks(page, 'py'):
+        compile(block, page, 'exec')
 
 
 def commands(page):
