@@ -10,14 +10,12 @@ import timm
 import torch
 from conftest import TOLERANCE, difference
 from PIL import Image
-from reference import kernel_loop
 from safetensors.torch import load_file
 
 from timm_smpconv import SMPKernel, demo
 from timm_smpconv.__main__ import main
-from timm_smpconv.plot import draw_kernels, picture_of
 
-FILES = ['kernels.png', 'merged.safetensors', 'model.safetensors']
+FILES = ['kernels.png', 'merged.safetensors', 'model.safetensors', 'points.gif']
 
 # A small network and few images, for the demo in this process and in others.
 SMALL = '''
@@ -74,6 +72,8 @@ def test_demo_learns_merges_and_writes(tmp_path, capfd):
     assert names(tmp_path / 'out') == FILES
     with Image.open(tmp_path / 'out' / 'kernels.png') as picture:
         assert picture.size[0] > 500 and len(picture.convert('L').getcolors()) > 50
+    with Image.open(tmp_path / 'out' / 'points.gif') as picture:
+        assert picture.n_frames == 60 and (tmp_path / 'out' / 'points.gif').stat().st_size < 500_000
     assert '396/396' in err and 'epoch 9/9' in err  # 1,437 images in whole batches of 32
     relative = float(out.split(' relative)')[0].split('(')[-1])
     assert relative < 1e-5
@@ -228,45 +228,30 @@ def test_points_reach_samples_of_the_short_sequences(name):
         assert kernel.size == [64] and (kernel()[:, 0] != 0).sum(1).float().mean() > 8  # of about 12 behind them
 
 
-def one_point(coords, size, **kwargs):
-    kernel = SMPKernel(1, size, 1, radius=0.3, **kwargs)
+def test_motion_follows_the_points():
+    """Points that an optimizer moves, seen at evenly spaced moments of the training: first, last and between.
+
+    Of two kernels the one is shown whose points moved further, by samples.
+    """
+    model = torch.nn.Module()
+    model.near, model.far = SMPKernel(2, (21, 21), 3), SMPKernel(2, (41,), 3)
+    motion = demo._Motion(model, 590)
+    start = model.far.coords[0].clone()
     with torch.no_grad():
-        kernel.coords.copy_(torch.tensor(coords))
-        kernel.weight.fill_(0.7)
-    return picture_of(kernel)
+        for update in range(1, 591):
+            model.far.coords += 1e-3
+            model.near.coords += 1.5e-3
+            motion.see(update)
+    frames = motion.frames()
+    assert len(frames) == 60 and [title for title, _ in frames[:2]] == [
+        'far, channel 0\nupdate 0 of 590', 'far, channel 0\nupdate 10 of 590']
+    for i, (_, picture) in enumerate(frames):
+        assert torch.allclose(picture.points.coords, start + i * 1e-2, atol=1e-5)
+    assert difference(frames[-1][1].kernel, model.far()[0, 0]) < TOLERANCE[torch.float32]
 
 
-def test_picture_shows_a_point_where_its_kernel_is():
-    figure = draw_kernels([('before', [one_point([0.5, 0.5], (9, 9))])], ['one'])
-    axis = figure.axes[0]
-    image, points = axis.images[0], axis.collections[0]
-    row, column = divmod(int(image.get_array().argmax()), 9)
-    left, right, bottom, top = image.get_extent()
-    x = left + (column + 0.5) * (right - left) / 9
-    y = top - (row + 0.5) * (top - bottom) / 9
-    assert (x, y) == pytest.approx(tuple(points.get_offsets()[0]))
-
-
-def test_picture_of_a_sequence_kernel_shows_a_point_where_its_curve_is():
-    """On a sample, where the curve is as high as the point; the radius is 0.3 of half the axis, 4.8 samples."""
-    before, after = one_point([0.75], (33,)), one_point([0.25], (33,))
-    figure = draw_kernels([('before', [before]), ('after', [after])], ['one'])
-    for axis, sample in zip(figure.axes, (-4, -12)):
-        curve = next(line for line in axis.lines if len(line.get_xdata()) == 33)
-        highest = curve.get_ydata().argmax()
-        assert curve.get_xdata()[highest] == sample and curve.get_ydata()[highest] == pytest.approx(0.7)
-        points, bars = axis.collections[-1], axis.containers[0].lines[2][0]
-        assert tuple(points.get_offsets()[0]) == pytest.approx((sample, 0.7))
-        assert bars.get_segments()[0] == pytest.approx(torch.tensor([[sample - 4.8, 0.7], [sample + 4.8, 0.7]]).numpy())
-    moves = [line for line in figure.axes[1].lines if line.get_color() == 'orange']
-    assert [list(line.get_xdata()) for line in moves] == [[-4, -12]]
-
-
-def test_picture_shows_what_is_rendered():
-    """A radius out of its range, and the average over points, as the network computes with them."""
-    kernel = SMPKernel(2, (17,), 3, groups=2, average=True)
-    with torch.no_grad():
-        kernel.radius[0, 0] = -1.
-    picture = picture_of(kernel)
-    expected = kernel_loop(kernel.coords, kernel.radius.clamp(1e-3, 1), kernel.weight, (17,), average=True)[0, 0]
-    assert difference(picture.kernel, expected) < TOLERANCE[torch.float32] and picture.radius.min() > 0
+def test_motion_of_a_training_of_one_update():
+    model = torch.nn.Sequential(SMPKernel(2, (5, 5), 3))
+    motion = demo._Motion(model, 1)
+    motion.see(1)
+    assert [title for title, _ in motion.frames()] == ['0, channel 0\nupdate 0 of 1', '0, channel 0\nupdate 1 of 1']

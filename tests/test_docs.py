@@ -94,6 +94,18 @@ def test_layer_and_operator(run):
     assert 1e-4 < names['errors']['fft'] < 1e-2  # the figures on the page, on any CPU
 
 
+def test_replace(run):
+    pages = run('docs/replace.md')
+    names = next(pages)
+    assert difference(names['model'](names['images']), names['before']) < 1e-5
+    assert {row[1:4] for row in names['report'].replaced} == {((7, 7), (31, 31), 277)}
+    next(pages)
+    sizes = [row.kernel_size for row in names['model'].modules() if isinstance(row, timm_smpconv.SMPConv2d)]
+    assert sizes == [(31, 31)] * 2 + [(13, 13)] * 2 + [(7, 7)] * 8
+    *_, names = pages
+    assert isinstance(names['optimizer'], timm_smpconv.SMPAdamW)
+
+
 def test_sequences(run):
     weights = timm.create_model('smpconv_tcn_ct').state_dict()
     torch.save({'state_dict': weights}, 'last.ckpt')  # as tests/test_sequences.py sees Lightning write it
@@ -129,7 +141,11 @@ def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
         repo_id='timm-smpconv/smpconv_tiny.in1k', folder_path='smpconv_tiny.in1k')
     command, _ = (args for args in commands('docs/weights.md') if args[:2] == ['python', 'weights/publish.py'])
     assert '--dry-run' in command and publish.main(command[2:]) == 0
+    monkeypatch.setattr(constants, 'HF_ASSETS_CACHE', str(tmp_path / 'assets'))
+    *_, given, removal = (args for args in commands('docs/weights.md') if args[:2] == ['timm-smpconv', 'weights'])
+    assert '--file' in given and main(given[1:]) == 0
     *_, names = run('docs/weights.md')
+    assert '--remove' in removal and main(removal[1:]) == 0 and not (tmp_path / 'assets' / 'smpconv_tiny.in1k').exists()
     for key, value in names['converted'].state_dict().items():
         for name in ('theirs', 'pretrained', 'by_address'):
             assert torch.equal(names[name].state_dict()[key], value), (name, key)
@@ -210,7 +226,7 @@ def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
-        'docs/deployment.md', 'docs/tools.md'}
+        'docs/deployment.md', 'docs/replace.md', 'docs/tools.md'}
 
 
 def commands(page):

@@ -1,5 +1,7 @@
 """torch.export, TorchScript and ONNX, merged and unmerged, against eager PyTorch; ONNX Runtime runs the ONNX file."""
 import io
+import operator
+from itertools import product
 
 import onnx
 import onnxruntime
@@ -8,6 +10,8 @@ import timm
 import torch
 from conftest import TOLERANCE, difference, shake_norms, small_model, wake_weights
 from timm.utils import reparameterize_model
+
+from timm_smpconv import depthwise_conv2d
 
 BATCH = torch.export.Dim('batch', min=1, max=64)
 
@@ -35,6 +39,55 @@ def test_torch_export(exportable, images):
     again = torch.export.load(buffer).module()
     for x in (images, images[:1], torch.randn(5, 3, 64, 96)):
         assert difference(again(x), exportable(x)) < TOLERANCE[torch.float32]
+
+
+FAMILIES = {
+    'images': (lambda: small_model(depths=(1, 1, 1, 1)), (2, 3, 64, 96)),
+    'CIFAR-10': (lambda: timm.create_model('smpconv_resnet_cifar10', dims=(8, 12), kernel_size=9), (2, 3, 16, 20)),
+    'sequences': (lambda: timm.create_model('smpconv_tcn_ct', seq_len=40, dim=6, depth=2), (2, 3, 40)),
+}
+MODES = tuple(product(FAMILIES, ('unmerged', 'merged'), (True, False), (True, False), (True, False)))
+IN_DEFAULT_RUN = (
+    ('images', 'merged', True, True, False), ('sequences', 'unmerged', True, True, True),
+    ('CIFAR-10', 'unmerged', True, False, False))
+
+
+@pytest.mark.parametrize('family,which,strict,grad,training', [
+    pytest.param(*mode, marks=() if mode in IN_DEFAULT_RUN else pytest.mark.slow) for mode in MODES])
+def test_torch_export_holds_standard_operators_in_every_mode(family, which, strict, grad, training, fastest):
+    """ExecuTorch, among others, knows no operator of this package; strict export goes through the compiler."""
+    fastest('fft')  # where a choice is made, it is the operator
+    make, shape = FAMILIES[family]
+    model = make().eval()
+    if which == 'merged':
+        model = reparameterize_model(model)
+    model.train(training)
+    x = torch.randn(shape)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (x,), dynamic_shapes={'x': {0: BATCH}}, strict=strict)
+    calls = [n.target for n in program.graph.nodes if n.op == 'call_function']
+    targets = [target for target in calls if target is not operator.getitem]
+    assert targets and {getattr(target, 'namespace', target) for target in targets} == {'aten'}
+    if not training:
+        assert difference(program.module()(x[:1]), model(x[:1])) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.slow
+def test_compiling_is_not_exporting(fastest):
+    """A compiled training step keeps the operator, which chooses when it runs."""
+    fastest('fft')
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x, weight = torch.randn(1, 4, 12, 12, requires_grad=True), torch.randn(4, 1, 9, 9)
+    torch._dynamo.reset()
+    torch.compile(lambda x: depthwise_conv2d(x, weight), backend=backend)(x)
+    (graph,) = graphs
+    assert torch.ops.timm_smpconv.depthwise_conv2d in [
+        getattr(n.target, 'overloadpacket', n.target) for n in graph.graph.nodes]
 
 
 def test_torchscript_file(exportable, images):

@@ -216,7 +216,7 @@ REFUSED = {  # where: (what, message)
         (nn.Identity, 'must be an SMPConv1d, SMPConv2d.* got Identity'),
     ],
     'small': [
-        (partial(nn.Conv2d, 4, 4, 3, padding=2, dilation=2, groups=4), 'must be a convolution that keeps'),
+        (partial(nn.Conv2d, 4, 4, 3, padding=1, dilation=2, groups=4), 'must be a convolution that keeps'),
         (partial(nn.Conv2d, 4, 4, 5, padding=2), 'must have the channels, groups and alignment'),
         (partial(nn.Conv2d, 4, 4, 9, padding=4, groups=4), 'must not be larger than the large branch'),
         (partial(MergedConv2d, 4, 4, 5, 1, 2, groups=4, activation='relu'), 'must be an SMPConv1d, SMPConv2d'),

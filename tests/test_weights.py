@@ -3,6 +3,7 @@
 Oracles: tests/reference.py, and the files that were written before. The slow tests use a process per step.
 """
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -21,11 +22,9 @@ import numpy as np
 import publish
 import pytest
 import reference_smp
-import sources
 import timm
 import torch
 import yaml
-from card import model_card, with_address
 from conftest import MODELS, TOKENS, difference
 from hub_server import HubServer, Repository
 from huggingface_hub import constants
@@ -39,6 +38,8 @@ from test_models import macs
 from timm_smpconv import SMPConvNet, pretrained
 from timm_smpconv.checkpoint import checkpoint_filter_fn
 from timm_smpconv.recipe import recipe_names
+from timm_smpconv.weights import authors_imagenet, authors_smp, conversion, sources
+from timm_smpconv.weights.card import model_card, with_address
 
 ROOT = Path(__file__).parent.parent
 TINY, MOBILE = 'timm-smpconv/smpconv_tiny.in1k', 'timm-smpconv/smpconv_mobile31.in1k'
@@ -77,7 +78,7 @@ def small_images():
         return [(32, 64) if isinstance(model, SMPConvNet) else (height, min(width, 2000))]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, 'sizes', size)
+        patch.setattr(conversion, 'sizes', size)
         yield
 
 
@@ -119,8 +120,8 @@ def published(hub, folder, python):
 
 def unpublished(path):
     """A copy of sources.yaml as it was before anything was published."""
-    text = (ROOT / 'weights' / 'sources.yaml').read_text(encoding='utf-8')
-    text = re.sub(r'^( *)(sha256|commit): \S+$', r'\1\2: null', text, flags=re.MULTILINE)
+    text = sources.SOURCES.read_text(encoding='utf-8')
+    text = re.sub(r'^( *)(bytes|sha256|commit): \S+$', r'\1\2: null', text, flags=re.MULTILINE)
     path.write_text(text, encoding='utf-8')
     return path
 
@@ -211,7 +212,7 @@ with torch.inference_mode():
     with torch.inference_mode():
         assert found[5] == 5 and difference(found[6], model.forward_features(image().mean(1, keepdim=True))) < 1e-5
     assert [f.shape[1:] for f in found[7]] == [(96, 16, 24), (192, 8, 12), (384, 4, 6), (768, 2, 3)]
-    assert found[8] == sorted(pretrained.BUILT_IN)
+    assert found[8] == sorted(name for name, entry in sources.load_sources().items() if entry['sha256'])
     assert hub.count('GET', 'model.safetensors') == 2  # to verify, and once for all that followed
 
     before = len(hub.requests)
@@ -287,15 +288,15 @@ def test_what_is_not_there_or_not_allowed(hub, published, python, tmp_path):
     missing, private, never = load(python, tmp_path, code)
     for message, repo in ((missing, 'timm-smpconv/smpconv_base.in1k'), (private, MOBILE)):
         assert f'tried model.safetensors of {repo} at {hub.url} and in the cache {tmp_path}' in message
-        for way in ('weights/publish.py', 'local-dir:DIR', 'pretrained_cfg_overlay=dict(file='):
-            assert way in message
+        for way in ('timm-smpconv weights ', 'local-dir:DIR', 'pretrained_cfg_overlay=dict(file='):
+            assert (way in message) == (repo != MOBILE)
     assert never.startswith('there are no weights of smpconv_mobile51: the authors published none. Train it')
     hub.repositories[TINY] = Repository(private=False)  # what is left where a first commit failed
     hub.repositories[TINY].commit('main', 'nothing', {})
     code = f'found += [{MOBILE_FROM_HUB}, tried("smpconv_base"), tried("smpconv_tiny")]'
     allowed, missing, empty = load(python, tmp_path, code, token='hf_reader')
     assert isinstance(allowed, torch.Tensor) and '404' in missing and 'could not download the weights' in missing
-    assert 'could not download the weights' in empty and 'weights/publish.py' in empty
+    assert 'could not download the weights' in empty and 'timm-smpconv weights smpconv_tiny' in empty
 
 
 @pytest.mark.slow
@@ -409,7 +410,7 @@ def entries(change):
     (b'smpconv_tiny.in1k: 3', 'where smpconv_tiny.in1k lacks model, '),
     (entries(lambda entry: entry.pop('hub_id')), 'where smpconv_mobile51.in1k lacks hub_id'),
     (entries(lambda entry: entry.update(hub_id=3)), 'where the hub_id of smpconv_mobile51.in1k is 3'),
-    (entries(lambda entry: entry.update(origin='here')), 'the origin of smpconv_mobile51.in1k lacks weights, sha256'),
+    (entries(lambda entry: entry.update(origin='here')), 'the origin of smpconv_mobile51.in1k lacks page, file, '),
     (entries(lambda entry: entry['dataset'].pop('id')), 'where the dataset of smpconv_mobile51.in1k lacks id'),
 ])
 def test_bad_sources(copy, content, message, publishing, capfd):
@@ -420,7 +421,7 @@ def test_bad_sources(copy, content, message, publishing, capfd):
     assert convert.main(command) == 1
     errors = capfd.readouterr().err, publishing(copy, MOBILE)[2]
     for program, error in zip(('convert', 'publish'), errors):
-        assert error.startswith(f'{program}: --sources must be a YAML file that gives model, tag, origin, ')
+        assert error.startswith(f'{program}: sources must be a YAML file that gives model, tag, origin, ')
         assert message in error and len(error.splitlines()) == 1
     assert not out.exists()
 
@@ -535,6 +536,16 @@ def test_a_checkpoint_of_the_sequence_command(name, arguments, message, tmp_path
         assert 'license' not in card and 'top-1' not in card and 'EMA' not in card
 
 
+def test_transformers_can_build_it(folder):
+    """As its TimmWrapperModel does with config.json: twice the same argument is an error."""
+    for out in folder[0], folder[0].with_name('out-merged'):
+        config = json.loads((out / 'config.json').read_text(encoding='utf-8'))
+        model = timm.create_model(config['architecture'], num_classes=config['num_classes'], **config['model_args'])
+        model.load_state_dict(load_file(out / 'model.safetensors'))
+        with torch.inference_mode():
+            assert difference(model.eval()(image()), logits(folder[1], 'smpconv_mobile31', image())) < 5e-5
+
+
 def without(sd, key):
     return {k: v for k, v in sd.items() if k != key}
 
@@ -585,14 +596,14 @@ def test_only_its_own_folders_are_replaced(folder, tmp_path, capsys):
     for out in (tmp_path, folder[0]):
         before = {path.name: path.read_bytes() for path in out.iterdir()}
         assert convert.main([weights, '--model', 'smpconv_mobile31', '--tag', 'mine', '--out', str(out)]) == 1
-        assert '--out must not exist, be empty, or be a folder that this script wrote' in capsys.readouterr().err
+        assert 'out must not exist, be empty, or be a folder that was converted' in capsys.readouterr().err
         assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 @pytest.mark.parametrize('out,message', [
     ('.', 'must not be the working directory or a mount point'),
     ('mount', 'must not be the working directory or a mount point'),
-    ('file', 'must not exist, be empty, or be a folder that this script wrote'),
+    ('file', 'must not exist, be empty, or be a folder that was converted'),
     ('file/below', 'File exists'),
 ])
 def test_folders_that_cannot_be_replaced(copy, out, message, tmp_path, monkeypatch, capsys):
@@ -632,7 +643,7 @@ def test_an_end_in_the_middle(copy, where, fault, status, said, tmp_path, monkey
     """In the fourth rename, half way. test_files.py has every other place."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever another test left
     before, calls = contents(tmp_path), []
-    owner = Path if where == 'replace' else convert
+    owner = Path if where == 'replace' else conversion
     original = getattr(owner, where)
 
     def faulty(*args):
@@ -717,15 +728,26 @@ def test_the_card_gives_published_accuracy_to_published_weights_alone(weights, k
     entry = sources.load_sources()['smpconv_tiny.in1k']
     entry['origin']['sha256'] = known
     facts = dict(
-        published=convert.is_published(entry, True, weights, 'right'), merged=False, parameters=1, origin='here',
+        published=conversion.is_published(entry, True, weights, 'right'), merged=False, parameters=1, origin='here',
         num_classes=1000, input_size=(3, 224, 224), dataset=entry['dataset'], difference=1e-7)
     assert re.search(words, model_card('smpconv_tiny', 'in1k', entry, facts))
 
 
+@pytest.mark.parametrize('module', [authors_imagenet, authors_smp])
+def test_the_oracle_shares_no_code_with_the_package(module):
+    imported = set()
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding='utf-8'))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert not getattr(node, 'level', 0), 'an import from the package'
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            imported |= {name.partition('.')[0] for name in names}
+    assert imported <= {'numpy', 're', 'torch', 'typing'}
+
+
 def test_own_weights_need_a_tag_of_their_own():
     entry = sources.load_sources()['smpconv_tiny.in1k']
-    with pytest.raises(convert.ConversionError, match='give weights of your own another --tag'):
-        convert.check_entry(entry, timm.create_model('smpconv_tiny', device='meta'), authors=False)
+    with pytest.raises(convert.ConversionError, match='give weights of your own another tag'):
+        conversion.check_entry(entry, timm.create_model('smpconv_tiny', device='meta'), authors=False)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -740,7 +762,7 @@ def test_sources_list_what_can_be_recomputed(name):
     for key, value in entry['evaluation'].items():
         assert getattr(cfg, key) == (tuple(value) if isinstance(value, list) else value)
     assert entry['license'] == cfg.license and entry['hub_id'] == f'{pretrained.NAMESPACE}/{name}.{cfg.tag}'
-    assert cfg.hf_hub_id == (entry['hub_id'] if entry['origin'] or entry['sha256'] else None)
+    assert cfg.hf_hub_id == (entry['hub_id'] if entry['sha256'] else None)  # or in the cache, where the tests have none
 
 
 def test_sources_and_the_package_agree_on_what_was_published():

@@ -19,6 +19,9 @@ from .optim import (
     add_point_rules as add_point_rules,
     smp_param_groups as smp_param_groups,
 )
+from .plain import to_plain as to_plain
+from .replace import ReplaceReport as ReplaceReport, replace_depthwise as replace_depthwise
+from .resize import resize_kernels as resize_kernels
 from .smp_resnet import SMPResNet as SMPResNet
 from .smp_tcn import SMPTCN as SMPTCN
 from .smpconv import SMPConvNet as SMPConvNet

@@ -2,16 +2,23 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Any, Callable, List, Optional
 
 import timm
 import torch
 
 from . import __version__, backends, startup
+from .build import build_network
 from .checkpoint import CheckpointError
 from .console import robust_output
+from .files import replace_together
+from .pretrained import BUILT_IN
+from .receptive_field import find_images, own_size, read_images, receptive_field, share_table
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
+from .weights import command as weights
+from .weights.conversion import ConversionError
+from .weights.sources import SourcesError
 
 startup.finished()
 
@@ -30,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument('--seed', type=_integer(0, 2 ** 32 - 1), default=42, help='default: %(default)s')
     demo.add_argument(
         '--out', type=Path, default=Path('smpconv-demo'),
-        help='folder for checkpoints and picture, by default %(default)s')
+        help='folder for checkpoints and pictures, by default %(default)s')
     demo.set_defaults(run=_demo)
 
     recipe = commands.add_parser(
@@ -50,6 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument('folder', type=Path, metavar='DIR', help='an empty folder or a new one')
     digits.set_defaults(run=_digits)
 
+    of_weights = commands.add_parser(
+        'weights', help="download the authors' weights, convert and verify them; pretrained=True then takes them")
+    of_weights.add_argument('name', nargs='?', metavar='NAME', help='a model, such as smpconv_tiny')
+    of_weights.add_argument(
+        '--file', type=Path, help="the authors' file, if you downloaded it already, by a browser for example")
+    of_weights.add_argument(
+        '--list', action='store_true', help='list what exists, where, how large, and what is cached')
+    of_weights.add_argument('--remove', action='store_true', help='delete the weights of NAME from the cache')
+    of_weights.add_argument(
+        '--cache-dir', type=Path, metavar='DIR',
+        help="the cache, by default in Hugging Face's folder of assets (HF_ASSETS_CACHE); pass another one to "
+        'create_model, too')
+    of_weights.set_defaults(run=_weights)
+
     which = commands.add_parser(
         'backends', help='print by what this machine would compute the convolutions of a model, and why')
     which.add_argument(
@@ -66,6 +87,42 @@ def _parser() -> argparse.ArgumentParser:
         '--image-size', type=_integer(1, 8192), metavar='N', help="height and width, by default the model's own")
     which.set_defaults(run=_backends)
 
+    picture = commands.add_parser('picture', help='draw kernels with their points, or effective receptive fields')
+    pictures = picture.add_subparsers(dest='picture', required=True)
+
+    kernels = pictures.add_parser('kernels', help='draw kernels and, unless the network is merged, their points')
+    kernels.add_argument('model', metavar='MODEL', help="one of this package's models")
+    kernels.add_argument('--checkpoint', type=Path, metavar='FILE', help='its weights, by default the initial ones')
+    kernels.add_argument(
+        '--stage', type=_integer(0, 10_000), nargs='+', metavar='N',
+        help='draw all kernels of these stages, counted from 0; by default the first one of each')
+    kernels.add_argument(
+        '--channels', type=_integer(0, 100_000), nargs='+', default=[0, 1], metavar='N',
+        help='output channels, counted from 0, by default 0 1')
+    kernels.set_defaults(run=_picture_kernels)
+
+    field = pictures.add_parser(
+        'receptive-field', help='draw the effective receptive fields of any models of timm, and print their sizes')
+    field.add_argument('models', nargs='+', metavar='MODEL', help='names of models of timm')
+    field.add_argument(
+        '--checkpoint', type=Path, nargs='+', metavar='FILE',
+        help='weights, one file for each MODEL in their order; by default the initial ones')
+    field.add_argument(
+        '--images', type=Path, required=True, metavar='DIR', help='a folder with images in it or below')
+    field.add_argument(
+        '--image-size', type=_integer(32, 8192), metavar='N',
+        help="height and width to which images are brought, by default the largest of the models' own")
+    field.add_argument(
+        '--count', type=_integer(1, 10_000_000), metavar='N',
+        help='take so many images, evenly spaced in the order of their names; by default all')
+    field.set_defaults(run=_picture_receptive_field)
+    for parser_, file in (kernels, 'kernels.png'), (field, 'receptive-field.png'):
+        parser_.add_argument(
+            '--out', type=_picture_file, default=Path(file), metavar='FILE',
+            help='a file whose name ends in .png or .svg, by default %(default)s')
+        parser_.add_argument(
+            '--pretrained', action='store_true', help='without --checkpoint: the weights that timm downloads')
+
     sequence = commands.add_parser(
         'sequence', help='train, validate or test a sequence network with PyTorch Lightning', add_help=False,
         prefix_chars='\0')  # all arguments, options too, are Lightning's
@@ -81,6 +138,12 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _picture_file(text: str) -> Path:
+    if not text.lower().endswith(('.png', '.svg')):
+        raise argparse.ArgumentTypeError(f'must be a file whose name ends in .png or .svg, got {text!r}')
+    return Path(text)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -138,6 +201,30 @@ def _digits(args: argparse.Namespace) -> int:
 
 
 @robust_output()
+def _weights(args: argparse.Namespace) -> int:
+    given = [option for option in ('file', 'list', 'remove') if getattr(args, option)]
+    if len(given) > 1 or (args.name is None) != args.list:
+        print(
+            'timm-smpconv weights: arguments must be NAME, NAME --file FILE, NAME --remove or --list', file=sys.stderr)
+        return 2
+    try:
+        if args.list:
+            print('\n'.join(weights.listing(args.cache_dir)))
+        elif args.remove:
+            weights.remove(args.name, args.cache_dir, say=print)
+        else:
+            folder = weights.fetch(args.name, args.file, args.cache_dir, say=print)
+            place = f', cache_dir="{args.cache_dir}"' if args.cache_dir else ''
+            way = f'"local-dir:{folder}", pretrained=True' if BUILT_IN[folder.name] else (
+                f'"{args.name}", pretrained=True{place}')
+            print(f'timm.create_model({way}) takes it from there')
+    except (weights.WeightsError, ConversionError, CheckpointError, SourcesError, OSError) as error:
+        print(f'timm-smpconv weights: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+@robust_output()
 def _backends(args: argparse.Namespace) -> int:
     try:
         for line in backends.page(
@@ -152,6 +239,74 @@ def _backends(args: argparse.Namespace) -> int:
             raise
         print('timm-smpconv backends: --batch and --image-size must fit into the memory, they do not', file=sys.stderr)
         return 2
+    return 0
+
+
+@robust_output()
+def _picture_kernels(args: argparse.Namespace) -> int:
+    def draw(pictures: Any) -> Any:
+        model = build_network(args.model, args.checkpoint, args.pretrained)
+        return pictures.draw_kernels(pictures.find_kernels(model, args.stage, args.channels))
+
+    return _write_picture(args, draw)
+
+
+@robust_output()
+def _picture_receptive_field(args: argparse.Namespace) -> int:
+    if args.checkpoint and len(args.checkpoint) != len(args.models):
+        print(
+            f'timm-smpconv picture receptive-field: --checkpoint must name one file for each MODEL, got '
+            f'{len(args.checkpoint)} for {len(args.models)}', file=sys.stderr)
+        return 2
+
+    def draw(pictures: Any) -> Any:
+        from tqdm import tqdm  # of the extra `demo`
+        files = find_images(args.images, args.count)
+        checkpoints = args.checkpoint or [None] * len(args.models)
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        networks = {}
+        for i, (name, checkpoint) in enumerate(zip(args.models, checkpoints)):
+            label = name if args.models.count(name) == 1 else f'{name} ({i + 1})'
+            networks[label] = build_network(name, checkpoint, args.pretrained)
+        size = args.image_size or max(map(own_size, networks.values()))
+        fields = {}
+        for name, network in networks.items():
+            images = tqdm(read_images(files, network, size), desc=name, total=len(files), unit='image')
+            try:
+                fields[name] = receptive_field(network.to(device), images)
+            except (AssertionError, RuntimeError, ValueError) as error:  # how networks refuse a size; little memory
+                raise ValueError(f'{name} with images of {size}x{size}: {error}') from error
+        print(f'{len(files)} images of {size}x{size}: the side of the smallest square that holds a share of the')
+        print("effective receptive field, in percent of the image's side")
+        print(share_table(fields))
+        return pictures.draw_receptive_fields(fields)
+
+    return _write_picture(args, draw)
+
+
+def _write_picture(args: argparse.Namespace, draw: Callable[[Any], Any]) -> int:
+    """Write what `draw` returns for the module `pictures`. A file that cannot be written is found before it draws."""
+    command = f'timm-smpconv picture {args.picture}'
+    try:
+        from . import pictures  # needs the extra `demo`
+    except ModuleNotFoundError as error:
+        print(f'{command}: {error.name} is missing; it comes with the extra "demo"', file=sys.stderr)
+        return 1
+
+    def check(path: Path) -> None:
+        if path.is_dir():
+            raise IsADirectoryError(f'{path} must be a file or not exist, got a folder')
+
+    try:
+        with replace_together(args.out.parent, [args.out.name], check) as folder:
+            pictures.save_figure(draw(pictures), folder / args.out.name)
+    except OSError as error:
+        print(f'{command}: --out must be a file that can be written: {error}', file=sys.stderr)
+        return 1
+    except (CheckpointError, ValueError) as error:
+        print(f'{command}: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    print(f'wrote {args.out}')
     return 0
 
 

@@ -281,9 +281,10 @@ def check_before_loading(
 
 
 def _unreadable(path: Union[str, Path], error: Exception) -> CheckpointError:
+    reason = ' '.join(str(error).split())  # torch.load gives advice of many lines
     return CheckpointError(
         f'file must be an undamaged weights-only checkpoint (.pth, .pt, .pth.tar or .safetensors), got {str(path)!r}, '
-        f'which could not be read as one; no code in it was run. {type(error).__name__}: {error}')
+        f'which could not be read as one; no code in it was run. {type(error).__name__}: {reason}')
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -25,9 +25,10 @@ from .console import robust_output
 from .digits import digits
 from .files import replace_together
 from .kernel import SMPKernel
-from .plot import Picture, draw_kernels, picture_of
+from .pictures import Picture, Points, draw_kernels, draw_motion, picture_of, points_of, save_figure, save_motion
 
-FILES = ('model.safetensors', 'merged.safetensors', 'kernels.png')
+FILES = ('model.safetensors', 'merged.safetensors', 'kernels.png', 'points.gif')
+FRAMES = 60  # of points.gif
 BATCH_SIZE = 32
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
@@ -87,15 +88,51 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+class _Motion:
+    """Where the points of a model's kernels are at evenly spaced moments of the training, in their first channels.
+
+    Only copies are made while the model is trained; they are drawn afterwards.
+    """
+
+    def __init__(self, model: nn.Module, updates: int):
+        self._kernels = {name: module for name, module in model.named_modules() if isinstance(module, SMPKernel)}
+        frames = min(FRAMES, updates + 1)
+        self._moments = {round(i * updates / (frames - 1)) for i in range(frames)}
+        self._updates = updates
+        self._seen: Dict[int, List[Points]] = {}
+        self.see(0)
+
+    def see(self, update: int) -> None:
+        if update in self._moments:
+            self._seen[update] = [points_of(kernel) for kernel in self._kernels.values()]
+
+    def frames(self) -> List[Tuple[str, Picture]]:
+        """The kernel whose points moved most samples far, (title, picture) at each moment."""
+        first, last = self._seen[0], self._seen[max(self._seen)]
+        distances = [
+            ((b.coords - a.coords).abs().mean() * max(kernel.size)).item()
+            for a, b, kernel in zip(first, last, self._kernels.values())]
+        chosen = distances.index(max(distances))
+        name, kernel = list(self._kernels.items())[chosen]
+        return [
+            (f'{_place(name)}\nupdate {update} of {self._updates}', picture_of(kernel, points=points[chosen]))
+            for update, points in self._seen.items()]
+
+
+def _place(name: str) -> str:
+    return f'{name.removesuffix(".large.conv.kernel")}, channel 0'
+
+
 def _train(
         model: nn.Module,
         epochs: int,
         learning_rate: float,
         train: torch.utils.data.DataLoader,
         held_out: torch.utils.data.DataLoader,
-) -> nn.Module:
-    """Train a model in place, and return the moving average of its weights as a model."""
+) -> Tuple[nn.Module, _Motion]:
+    """Train a model in place. The moving average of its weights as a model, and how its points moved."""
     ema = ModelEmaV3(model, decay=EMA_DECAY)
+    motion = _Motion(ema.module, epochs * len(train))
     optimizer = create_optimizer_v2(model, 'smpadamw', lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, 'cosine', num_epochs=epochs, warmup_epochs=min(2, epochs - 1), warmup_lr=learning_rate / 20,
@@ -112,12 +149,13 @@ def _train(
                 optimizer.step()
                 ema.update(model)
                 updates += 1
+                motion.see(updates)
                 scheduler.step_update(updates)
                 bar.update()
                 bar.set_postfix_str(f'epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}', refresh=False)
             logits, labels = _logits(model, held_out)
             bar.write(f'epoch {epoch + 1}: held-out accuracy {_accuracy(logits, labels):.2%}')
-    return ema.module
+    return ema.module, motion
 
 
 def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -140,13 +178,13 @@ def _pictures(model: nn.Module) -> Dict[str, Picture]:
     """Where a kernel is → its first channel: the first kernel of each quarter of the network but the last."""
     kernels = [(name, module) for name, module in model.named_modules() if isinstance(module, SMPKernel)]
     chosen = (kernels[len(kernels) * i // 4] for i in range(3))
-    return {f'{name.removesuffix(".large.conv.kernel")}, channel 0': picture_of(kernel) for name, kernel in chosen}
+    return {_place(name): picture_of(kernel) for name, kernel in chosen}
 
 
 def run(name: str, epochs: Optional[int], seed: int, out: Path) -> float:
-    """Train model `name`, merge it, print a comparison, and write checkpoints and a picture to `out`.
+    """Train model `name`, merge it, print a comparison, and write checkpoints and pictures to `out`.
 
-    All three files are written, or none: earlier ones stay as they are until then. They are written even if the reader
+    All files are written, or none: earlier ones stay as they are until then. They are written even if the reader
     of the output has gone (`| head -n 1`).
 
     Args:
@@ -202,7 +240,7 @@ def _run(name: str, setup: _Setup, epochs: int, seed: int, folder: Path) -> floa
         f'{len(datasets[1])} held out; seed {seed}, {torch.get_num_threads()} threads, torch {torch.__version__}')
     before = _pictures(model)
     start = time.perf_counter()
-    model = _train(model, epochs, setup.learning_rate, train, held_out)
+    model, motion = _train(model, epochs, setup.learning_rate, train, held_out)
     seconds = time.perf_counter() - start
     after = _pictures(model)
 
@@ -219,8 +257,12 @@ def _run(name: str, setup: _Setup, epochs: int, seed: int, folder: Path) -> floa
         times = ''.join(f'{ms[i]:>9.1f} ms' for ms in speed)
         print(f'{label:10}{_accuracy(z, labels):>10.2%}{parameters:>12,}{times}')
 
-    figure = draw_kernels([('before', list(before.values())), ('after', list(after.values()))], list(before))
     for file, network in zip(FILES, (model, merged)):
         _save(network, folder / file)
-    figure.savefig(folder / FILES[-1], dpi=120)
+    moved_points = {name: picture._replace(before=before[name].points) for name, picture in after.items()}
+    rows = {
+        f'{name}\n{moment}': picture
+        for moment, row in (('before', before), ('after', moved_points)) for name, picture in row.items()}
+    save_figure(draw_kernels(rows, columns=len(before)), folder / FILES[2])
+    save_motion(draw_motion(motion.frames()), folder / FILES[3])
     return _accuracy(merged_logits, labels)

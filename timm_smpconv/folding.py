@@ -56,9 +56,21 @@ class Convolution(NamedTuple):
 
     def keeps_size(self) -> bool:
         like, size = self.like, self.weight.shape[2:]
-        if set(like.stride) != {1} or set(like.dilation) != {1}:
+        if set(like.stride) != {1}:
             return False
-        return self.causal or (all(k % 2 for k in size) and tuple(like.padding) == tuple(k // 2 for k in size))
+        if self.causal:
+            return set(like.dilation) == {1}
+        return all(k % 2 for k in size) and (
+            tuple(like.padding) == tuple(d * (k // 2) for k, d in zip(size, like.dilation)))
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight with zeros in the holes of its dilation."""
+        dilation, size = self.like.dilation, self.weight.shape[2:]
+        dense = self.weight.new_zeros(
+            *self.weight.shape[:2], *(d * (k - 1) + 1 for k, d in zip(size, dilation)))
+        taps: Any = (..., *(slice(None, None, d) for d in dilation))
+        dense[taps] = self.weight
+        return dense
 
     def _is_large(self) -> bool:
         dense_smp = hasattr(self.like, 'kernel') and self.like.groups == 1
@@ -109,16 +121,18 @@ def add_small(large: Convolution, small: Convolution) -> Convolution:
     for name, branch in (('large', large), ('small', small)):
         if not branch.keeps_size():
             raise refused(branch.like, name, 'must be a convolution that keeps the size')
+    if set(large.like.dilation) != {1}:
+        raise refused(large.like, 'large', 'must have dilation 1')
     if small.weight.shape[:2] != large.weight.shape[:2] or small.causal != large.causal or (
             small.weight.ndim != large.weight.ndim):
         raise refused(small.like, 'small', 'must have the channels, groups and alignment of the large branch')
-    pad = []
-    for k, s in zip(reversed(large.weight.shape[2:]), reversed(small.weight.shape[2:])):
+    pad, taps = [], small.dense_weight()
+    for k, s in zip(reversed(large.weight.shape[2:]), reversed(taps.shape[2:])):
         if s > k:
             raise refused(small.like, 'small', 'must not be larger than the large branch')
         pad += [k - s, 0] if large.causal else [(k - s) // 2] * 2
     bias = large.bias if small.bias is None else small.bias if large.bias is None else large.bias + small.bias
-    return large._replace(weight=large.weight + F.pad(small.weight, pad), bias=bias)
+    return large._replace(weight=large.weight + F.pad(taps, pad), bias=bias)
 
 
 def affine(

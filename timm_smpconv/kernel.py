@@ -96,9 +96,9 @@ def _render_windows(
 
     30 groups and channels, 30 points of radius 0.0002, 16,000 samples: 3 of them are not zero.
     """
-    with torch.no_grad():
-        first = ((coords[..., 0] - radius + 1) * ((size - 1) / 2)).floor().long()  # (G, P)
-        index = first.clamp(0, size - window).unsqueeze(-1) + torch.arange(window, device=coords.device)  # (G, P, W)
+    # Not under no_grad(), which torch.export would keep as an operator of its own.
+    first = ((coords.detach()[..., 0] - radius.detach() + 1) * ((size - 1) / 2)).floor().long()  # (G, P)
+    index = first.clamp(0, size - window).unsqueeze(-1) + torch.arange(window, device=coords.device)  # (G, P, W)
     basis = F.relu(1 - _distance(coords, size, index) / radius.unsqueeze(-1))  # (G, P, W)
     index = index.flatten(1)  # (G, P * W)
     if average:
@@ -125,8 +125,7 @@ def crop_unreached(kernel: torch.Tensor, coords: torch.Tensor, radius: torch.Ten
         return kernel
     oldest = None
     if _is_worth_reading(radius, kernel.shape[2]):
-        with torch.no_grad():
-            oldest = _known(coords[..., 0] - radius, torch.min)
+        oldest = _known(coords.detach()[..., 0] - radius.detach(), torch.min)
     if oldest is None or not math.isfinite(oldest):
         return kernel
     last = kernel.shape[2] - 1
@@ -331,6 +330,9 @@ class SMPKernel(nn.Module):
         coords: (G, P, D).
         radius: (G, P).
         weight: (G, C, P).
+        size: The size it is rendered at.
+        native_size: The size it was built with, to which `weight` belongs.
+        scale: Factor on the entries at `size`, 1 at `native_size`; see `resize`.
 
     Raises:
         ValueError: An argument breaks the rules above.
@@ -358,6 +360,8 @@ class SMPKernel(nn.Module):
     ):
         super().__init__()
         self.size = _check_size(size)
+        self.native_size = list(self.size)
+        self.scale = 1.
         for name, value in (('channels', channels), ('points', points), ('groups', groups)):
             if value < 1:
                 raise ValueError(f'{name} must be at least 1, got {value}')
@@ -399,7 +403,55 @@ class SMPKernel(nn.Module):
     def forward(self) -> torch.Tensor:
         """Render the kernel, (G, C, *size), at least in float32."""
         radius = _nearest_in_range(self.radius, self.radius_range[0], self.radius_range[1])
-        return _render_in_float(self.coords, radius, self.weight, self.size, self.average)
+        kernel = _render_in_float(self.coords, radius, self.weight, self.size, self.average)
+        return kernel if self.scale == 1 else kernel * self.scale
+
+    def resize(self, size: Sequence[int]) -> 'SMPKernel':
+        r"""Render at another size from now on, scaled so that the continuous convolution stays what it was.
+
+        A kernel is a function K on [-1, 1]^D. Its samples lie h = 2 / (size - 1) apart, and the convolution of a map
+        that is sampled as densely approximates an integral by a Riemann sum:
+
+        .. math:: \int K(u)\, x(t - u)\, du \;\approx\; h^D \sum_n K(t_n)\, x(t - t_n)
+
+        A network knows the sum, without :math:`h^D`. A grid of another spacing h' would multiply it by about
+        :math:`(h / h')^D`, so the entries are multiplied by :math:`(h' / h)^D`: in 2-D by
+        :math:`((K - 1) / (K' - 1))^2` from a native size of K to K'. This keeps the integral, which is the response to
+        a constant map, and with it the mean and variance that a BatchNorm behind the convolution has learned.
+
+        It is kept as closely as a sum approximates an integral: well for points that reach over several samples, less
+        so on coarse grids. A point of a radius below the spacing may fall between the samples and vanish.
+
+        Parameters do not change, so the state dict fits a kernel of any size. It always describes the kernel at
+        `native_size`, also after training at another size.
+
+        Args:
+            size: As many axes as before, each at least 2; an axis of native size 1, which has no spacing, stays 1.
+
+        Returns:
+            This module.
+
+        Raises:
+            ValueError: The size breaks these rules; nothing is changed.
+
+        Example:
+            >>> kernel = SMPKernel(channels=1, size=(31, 31), points=240)
+            >>> weight = nn.init.ones_(kernel.weight)
+            >>> before = kernel().sum()
+            >>> kernel.resize((61, 61))().shape, kernel.scale
+            (torch.Size([1, 1, 61, 61]), 0.25)
+            >>> torch.allclose(kernel().sum(), before, rtol=0.01)
+            True
+        """
+        size = _check_size(size)
+        if len(size) != len(self.native_size) or any(
+                (k == 1) != (native == 1) for k, native in zip(size, self.native_size)):
+            raise ValueError(
+                f'size must be at least 2 on each axis, and 1 where the native size {tuple(self.native_size)} is 1, '
+                f'got {tuple(size)}')
+        self.size = size
+        self.scale = math.prod((native - 1) / (k - 1) for k, native in zip(size, self.native_size) if k > 1)
+        return self
 
     def check_entry(self, name: str, key: str, value: torch.Tensor) -> None:
         """Raise a ValueError if this kernel must not load a value.
@@ -437,4 +489,6 @@ class SMPKernel(nn.Module):
 
     def extra_repr(self) -> str:
         groups, channels, points = self.weight.shape
-        return f'{channels}, size={tuple(self.size)}, points={points}, groups={groups}, average={self.average}'
+        native = '' if self.size == self.native_size else f', native_size={tuple(self.native_size)}'
+        return (
+            f'{channels}, size={tuple(self.size)}, points={points}, groups={groups}, average={self.average}{native}')

@@ -8,7 +8,7 @@ fold exactly: one with a `forward` of its own, say.
 """
 from collections import OrderedDict
 from copy import deepcopy
-from typing import Any, Callable, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -24,8 +24,9 @@ from .merged import MergedBlock, check_mode, conv1d, merge, reset_convolution
 from .ops import depthwise_conv2d, large_conv2d
 
 __all__ = [
-    'CausalConv1d', 'ConvNorm', 'DenseRepSMPConv2d', 'DepthwiseConv2d', 'RepSMPConv1d', 'RepSMPConv2d', 'SMPConv1d',
-    'SMPConv2d', 'check_images', 'check_sequences', 'merged_block', 'odd_sizes']
+    'CausalConv1d', 'ConvNorm', 'DenseRepSMPConv2d', 'DepthwiseConv2d', 'RepConv', 'RepSMPConv1d', 'RepSMPConv2d',
+    'SMPConv1d', 'SMPConv2d', 'check_images', 'check_sequences', 'dilated_size', 'merged_block',
+    'odd_sizes']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
@@ -96,7 +97,10 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class _SMPConv(CheckedLoading):
-    """What `SMPConv1d` and `SMPConv2d` share: the kernel, the bias, rendering and merging."""
+    """What `SMPConv1d` and `SMPConv2d` share: the kernel, the bias, rendering, resizing and merging."""
+    if TYPE_CHECKING:  # TorchScript would read these
+        kernel_size: Any
+        padding: Any
 
     def __init__(
             self,
@@ -123,6 +127,7 @@ class _SMPConv(CheckedLoading):
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.dilation = kernel_size, dilation
+        self.built_size = kernel_size  # to which the `scale` of `resize_kernels` refers
         self.depthwise = _is_depthwise(in_channels, out_channels, groups)
         if self.depthwise:
             shape: Any = dict(channels=in_channels)
@@ -136,6 +141,60 @@ class _SMPConv(CheckedLoading):
     def render(self) -> torch.Tensor:
         """The weight of the convolution, (O, I / groups, *K), in float32 at least."""
         return self.kernel().transpose(0, 1) if self.depthwise else self.kernel()
+
+    def _check_size(self, kernel_size: Any) -> Tuple[int, ...]:
+        """kernel_size in a tuple; raises a ValueError if a kernel cannot have it."""
+        raise NotImplementedError
+
+    def check_resize(self, kernel_size: Any) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+        """The size and the padding that `resize` would set; raises its ValueError if it would."""
+        size, native = self._check_size(kernel_size), tuple(self.kernel.native_size)
+        if any((k == 1) != (n == 1) for k, n in zip(size, native)):
+            raise ValueError(
+                f'kernel_size must be at least 3 on each axis, and 1 where it was built with 1 sample, got {size} for '
+                f'a kernel of {native}')
+        padding = tuple(p and p + k // 2 - old // 2 for p, k, old in zip(self.padding, size, self.kernel_size))
+        if any(p > 0 and new < 1 for p, new in zip(self.padding, padding)):
+            raise ValueError(
+                f'kernel_size must leave some of the padding {self.padding}, which shrinks as the kernel does from '
+                f'{self.kernel_size}, got {size}')
+        return size, padding
+
+    def resize(self, kernel_size: Any) -> Any:
+        """Render the kernel at another size from now on, scaled so that it stays the same continuous convolution.
+
+        The kernel is a function on [-1, 1] per axis. At K' samples instead of the K it was built with they lie
+        (K - 1) / (K' - 1) times as far apart; entries are multiplied by this ratio, once per axis, so that their sum
+        keeps approximating the same integral and the response to a constant input stays the same (`SMPKernel.resize`
+        has the mathematics). For an input sampled s times as densely take K' = s * (K - 1) + 1.
+
+        Parameters do not change: the state dict is the same at every size. Merging takes the size of that moment.
+
+        Padding changes by as much as half the kernel, so that outputs keep their size and place; without padding there
+        is none afterwards, and outputs get smaller or larger.
+
+        Args:
+            kernel_size: Odd and at least 3 (a causal `SMPConv1d`: at least 2); an axis that was built with 1 sample
+                keeps it.
+
+        Returns:
+            This module.
+
+        Raises:
+            ValueError: kernel_size breaks these rules, or would leave no padding where there was some. Nothing is
+                changed then.
+
+        Example:
+            >>> SMPConv2d(8, 8, 31, padding=15, groups=8).resize(61)
+            SMPConv2d(
+              8, 8, kernel_size=(61, 61), stride=(1, 1), padding=(30, 30), groups=8, bias=True
+              (kernel): SMPKernel(8, size=(61, 61), points=240, groups=1, average=False, native_size=(31, 31))
+            )
+        """
+        size, padding = self.check_resize(kernel_size)
+        self.kernel.resize(size)
+        self.kernel_size, self.padding = size, padding
+        return self
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -227,6 +286,9 @@ class SMPConv2d(_SMPConv):
         self.padding: Tuple[int, int] = to_2tuple(_check_padding(padding, size, self.stride))
         self.keeps_size = self.stride == (1, 1) and self.padding == (size[0] // 2, size[1] // 2)
 
+    def _check_size(self, kernel_size: Any) -> Tuple[int, ...]:
+        return _check_odd('kernel_size', kernel_size)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_images(x, self.in_channels)
         weight = self.render().to(x.dtype)
@@ -299,10 +361,7 @@ class SMPConv1d(_SMPConv):
             device=None,
             dtype=None,
     ):
-        k, d, s = _single('kernel_size', kernel_size), _single('dilation', dilation), _single('stride', stride)
-        if k < 2 or (k % 2 == 0 and not causal):
-            rule = 'at least 2' if causal else 'odd and at least 3, unless causal'
-            raise ValueError(f'kernel_size must be {rule}, got {k}')
+        k, d, s = _check_length(kernel_size, causal), _single('dilation', dilation), _single('stride', stride)
         if causal and padding != 0:
             raise ValueError(f'padding must be 0 in a causal convolution, which pads in front, got {padding!r}')
         depthwise = _is_depthwise(in_channels, out_channels, groups)
@@ -317,6 +376,9 @@ class SMPConv1d(_SMPConv):
         if self.padding[0] < 0:
             raise ValueError(f'padding must be at least 0, got {self.padding[0]}')
         self.causal = causal
+
+    def _check_size(self, kernel_size: Any) -> Tuple[int, ...]:
+        return (_check_length(kernel_size, self.causal),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_sequences(x, self.in_channels)
@@ -373,7 +435,7 @@ class ConvNorm(nn.Module):
         return merged
 
 
-class _RepConv(CheckedLoading):
+class RepConv(CheckedLoading):
     """A large SMP branch and a small convolution branch, each with a BatchNorm, added; merges into one convolution."""
 
     def __init__(self, large: ConvNorm, small: ConvNorm):
@@ -384,13 +446,39 @@ class _RepConv(CheckedLoading):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.large(x) + self.small(x)
 
+    def check_resize(self, kernel_size: Any) -> None:
+        """Raise the ValueError that `resize` would raise, if it would."""
+        large, small = _conv_of(self.large), _conv_of(self.small)
+        if not isinstance(large, _SMPConv):
+            raise ValueError(f'the large branch must be an SMP convolution to be resized, got {type(large).__name__}')
+        size, _ = large.check_resize(kernel_size)
+        least = dilated_size(small.kernel_size, small.dilation[0])
+        if any(k < s for k, s in zip(size, least)):
+            raise ValueError(f'kernel_size must not be smaller than the kernel beside it, {least}, got {size}')
+
+    def resize(self, kernel_size: Any) -> Any:
+        """Render the large kernel at another size from now on; see `SMPConv2d.resize`. The small one stays as it is.
+
+        Args:
+            kernel_size: See `SMPConv2d.resize`; not smaller than the small kernel, so that both merge.
+
+        Returns:
+            This module.
+
+        Raises:
+            ValueError: kernel_size breaks these rules; nothing is changed.
+        """
+        self.check_resize(kernel_size)
+        _conv_of(self.large).resize(kernel_size)
+        return self
+
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         check_mode(self)
         return folding.add_small(_folded(self.large, 'large'), _folded(self.small, 'small')).build()
 
 
-class RepSMPConv2d(_RepConv):
+class RepSMPConv2d(RepConv):
     """A large depthwise SMP branch and a small depthwise branch, each with a BatchNorm, added.
 
     (B, C, H, W) → (B, C, H, W), stride 1. Merges into one `nn.Conv2d`.
@@ -400,6 +488,9 @@ class RepSMPConv2d(_RepConv):
         kernel_size: Size of the SMP kernel, odd.
         small_kernel: Size of the kernel beside it, odd, not larger than kernel_size.
         points: See `SMPConv2d`.
+        dilation: For a map that is this many times as dense as one for which the sizes are meant. The large kernel has
+            no holes: it is rendered at dilation * (kernel_size - 1) + 1 samples, see `SMPConv2d.resize`. The small one
+            is dilated.
 
     Example:
         >>> import torch, timm_smpconv
@@ -416,18 +507,28 @@ class RepSMPConv2d(_RepConv):
             kernel_size: _int_or_pair,
             small_kernel: _int_or_pair = 5,
             points: Optional[int] = None,
+            dilation: int = 1,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        large, small = odd_sizes(kernel_size, small_kernel)
+        large, (k, l) = odd_sizes(kernel_size, small_kernel)
+        if dilation < 1:
+            raise ValueError(f'dilation must be at least 1, got {dilation}')
         conv = SMPConv2d(
             channels, channels, large, padding='same', groups=channels, bias=False, points=points, **dd)
-        super().__init__(
-            ConvNorm(conv, **dd), ConvNorm(DepthwiseConv2d(channels, small, bias=False, **dd), **dd))
+        if dilation == 1:
+            small: nn.Conv2d = DepthwiseConv2d(channels, (k, l), bias=False, **dd)
+        else:
+            conv.resize(dilated_size(large, dilation))
+            conv.built_size = conv.kernel_size
+            small = nn.Conv2d(
+                channels, channels, (k, l), padding=(dilation * (k // 2), dilation * (l // 2)), dilation=dilation,
+                groups=channels, bias=False, **dd)
+        super().__init__(ConvNorm(conv, **dd), ConvNorm(small, **dd))
 
 
-class DenseRepSMPConv2d(_RepConv):
+class DenseRepSMPConv2d(RepConv):
     """A large SMP branch and a small branch over all channels, each with a BatchNorm, added.
 
     (B, I, H, W) → (B, O, H, W), stride 1. Merges into a `MergedLargeConv2d`.
@@ -462,7 +563,7 @@ class DenseRepSMPConv2d(_RepConv):
         super().__init__(ConvNorm(conv, **dd), ConvNorm(small, **dd))
 
 
-class RepSMPConv1d(_RepConv):
+class RepSMPConv1d(RepConv):
     """A long and a short causal branch over all channels, each with a BatchNorm, added.
 
     (B, I, L) → (B, O, L). Merges into a `MergedConv1d`.
@@ -542,11 +643,29 @@ def odd_sizes(kernel_size: _int_or_pair, small_kernel: _int_or_pair) -> Tuple[Tu
     return large, small
 
 
+def _conv_of(branch: nn.Module) -> Any:
+    """The convolution in a `ConvNorm`, or one that stands in its place."""
+    return getattr(branch, 'conv', branch)
+
+
+def dilated_size(size: Tuple[int, ...], dilation: int) -> Tuple[int, ...]:
+    """The samples that a kernel spans if they lie `dilation` apart."""
+    return tuple(dilation * (k - 1) + 1 for k in size)
+
+
 def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
     pair: Tuple[int, ...] = tuple(to_2tuple(size))
     if len(pair) != 2 or any(k < 1 or k % 2 == 0 for k in pair):
         raise ValueError(f'{name} must be odd and positive, got {pair}')
     return pair[0], pair[1]
+
+
+def _check_length(kernel_size: Any, causal: bool) -> int:
+    k = _single('kernel_size', kernel_size)
+    if k < 2 or (k % 2 == 0 and not causal):
+        rule = 'at least 2' if causal else 'odd and at least 3, unless causal'
+        raise ValueError(f'kernel_size must be {rule}, got {k}')
+    return k
 
 
 def _check_padding(padding: Any, size: Tuple[int, ...], stride: Tuple[int, ...]) -> Any:

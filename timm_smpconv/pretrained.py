@@ -10,6 +10,8 @@ from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
 from .checkpoint import CheckpointError, check_archive, count_classes, read_checkpoint, select_weights
 from .compat import file_sha256
+from .weights.cache import cache_folder, check_cached, find_cached
+from .weights.sources import load_sources
 
 __all__ = ['BUILT_IN', 'hub_id', 'prepare_pretrained']
 
@@ -17,8 +19,8 @@ _logger = logging.getLogger(__name__)
 
 NAMESPACE = 'timm-smpconv'  # of the built-in weights, as timm-smpconv/smpconv_tiny.in1k
 FILE = 'model.safetensors'
-# model.tag of the weights that have a source (weights/sources.yaml) → sha256 of the published file, None before it is
-# published: `pretrained=True` accepts no other file.
+# model.tag of the weights that have a source (weights/sources.yaml) → sha256 of the file on the Hub, None before it is
+# published. `pretrained=True` accepts no other file; before, it takes converted weights from the cache.
 BUILT_IN: Dict[str, Optional[str]] = {
     'smpconv_tiny.in1k': None,
     'smpconv_base.in1k': None,
@@ -39,21 +41,28 @@ _CLIENT_ERRORS: Tuple[Type[Exception], ...] = (
 
 
 def hub_id(name: str) -> Optional[str]:
-    """Hub id of the built-in weights model.tag, None if they have no source.
+    """Hub id of the weights model.tag if `pretrained=True` finds them now: published, or converted in the cache.
+
+    timm lists a model as pretrained if its cfg has one.
 
     Example:
-        >>> hub_id('smpconv_tiny.in1k')
-        'timm-smpconv/smpconv_tiny.in1k'
+        >>> hub_id('smpconv_mobile31.in1k') is None  # the authors published none
+        True
     """
-    return f'{NAMESPACE}/{name}' if name in BUILT_IN else None
+    return _repository(name) if name in BUILT_IN and (BUILT_IN[name] or find_cached(name)) else None
+
+
+def _repository(name: str) -> str:
+    return f'{NAMESPACE}/{name}'
 
 
 def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Verify the weights of a model before timm builds it, so that an error says what is wrong with them.
 
     A file is read here and handed over to timm. A file of the Hub is downloaded into the client's cache, where timm
-    finds it. Weights that `pretrained_cfg_overlay` names replace those that the model's cfg names, wherever both are,
-    and their classifier is loaded if the model has as many classes; otherwise a warning is logged.
+    finds it. Built-in weights that are not published yet are taken from the cache that `timm-smpconv weights` fills, if
+    they are there. Weights that `pretrained_cfg_overlay` names replace those that the model's cfg names, wherever both
+    are, and their classifier is loaded if the model has as many classes; otherwise a warning is logged.
 
     Args:
         variant: Name of the model.
@@ -70,6 +79,16 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     if named:
         overlay = {**dict.fromkeys(('source', *_LOCATIONS)), **overlay}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    name = f'{cfg.architecture}.{cfg.tag}'
+    if not named and _is_built_in(name, cfg):
+        converted = None if BUILT_IN[name] else find_cached(name, kwargs.get('cache_dir'))
+        if converted:
+            origin = load_sources()[name]['origin']
+            check_cached(converted, origin and origin['sha256'])
+            overlay['state_dict'] = read_checkpoint(converted / FILE)
+            return dict(kwargs, pretrained_cfg_overlay=overlay)
+        overlay['hf_hub_id'] = _repository(name)
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if cfg.source == 'local-dir' and cfg.file:
         _check_folder(Path(cfg.file))
     elif cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
@@ -83,7 +102,7 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             _declare_classes(overlay, kwargs, cfg, cfg.hf_hub_id, count_classes(_read_shapes(path)))
     elif cfg.url:
         _declare_classes(overlay, kwargs, cfg, str(cfg.url))
-    elif any(name.startswith(f'{variant}.') for name in BUILT_IN):
+    elif any(built_in.startswith(f'{variant}.') for built_in in BUILT_IN):
         raise CheckpointError('pretrained_cfg must name weights by file, url or hf_hub_id, got none of them')
     else:
         raise CheckpointError(
@@ -91,6 +110,12 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             f'recipe that `timm-smpconv recipe {variant}` names, and load the result with '
             'pretrained_cfg_overlay=dict(file="model_best.pth.tar"); or use pretrained=False')
     return dict(kwargs, pretrained_cfg_overlay=overlay)
+
+
+def _is_built_in(name: str, cfg: PretrainedCfg) -> bool:
+    """Whether a cfg means the built-in weights of that name, and not others that it gives a place of their own."""
+    elsewhere = cfg.source in ('hf-hub', 'local-dir') or cfg.state_dict or cfg.file or cfg.url
+    return name in BUILT_IN and not elsewhere and cfg.hf_hub_id in (None, _repository(name))
 
 
 def _check_folder(folder: Path) -> None:
@@ -138,13 +163,22 @@ def _fetch(variant: str, hub_id: str, cfg: PretrainedCfg, cache_dir: Union[str, 
             return None  # timm knows which other names to try
         raise CheckpointError(
             f'could not download the weights of {variant}: tried {name} of {hub_id} at {constants.ENDPOINT} and '
-            f'in the cache {cache_dir or constants.HF_HUB_CACHE}. If they are not published yet, publish them '
-            '(weights/publish.py); or load a folder that weights/convert.py wrote with '
-            'timm.create_model("local-dir:DIR", pretrained=True), or the authors\' file with '
-            f'timm.create_model("{variant}", pretrained=True, '
-            f'pretrained_cfg_overlay=dict(file="FILE.pth")). The client reported: {_first_line(error)}') from error
+            f'in the cache {cache_dir or constants.HF_HUB_CACHE}{_way_round(variant, hub_id, cache_dir)}. The client '
+            f'reported: {_first_line(error)}') from error
     _verify_download(path, cfg, revision)
     return path
+
+
+def _way_round(variant: str, hub_id: str, cache_dir: Union[str, Path, None]) -> str:
+    name = hub_id.partition('/')[2]
+    if hub_id != _repository(name) or name not in BUILT_IN or BUILT_IN[name]:
+        return ''
+    option = f' --cache-dir {cache_dir}' if cache_dir else ''
+    return (
+        f', and converted ones in {cache_folder(cache_dir)}. They are not published yet: run `timm-smpconv weights '
+        f'{variant}{option}`, which puts the authors\' there; or load a file of theirs with '
+        f'timm.create_model("{variant}", pretrained=True, pretrained_cfg_overlay=dict(file="FILE.pth")), or a folder '
+        'that weights/convert.py wrote with timm.create_model("local-dir:DIR", pretrained=True)')
 
 
 def _verify_download(path: Path, cfg: PretrainedCfg, revision: str) -> None:
@@ -160,7 +194,8 @@ def _verify_download(path: Path, cfg: PretrainedCfg, revision: str) -> None:
             'the cache: try again, and if the error persists report it to those who host the file')
     name = f'{cfg.architecture}.{cfg.tag}'
     recorded = BUILT_IN.get(name)
-    if recorded and found != recorded and cfg.hf_hub_id == hub_id(name) and cfg.source != 'hf-hub' and not revision:
+    ours = cfg.hf_hub_id == _repository(name) and cfg.source != 'hf-hub' and not revision
+    if ours and recorded and found != recorded:
         raise CheckpointError(
             f'the file of {cfg.hf_hub_id} must have the sha256 {recorded} that this version of timm-smpconv knows, got '
             f'{found}: it was changed after the release. Update timm-smpconv, or name the weights yourself with '

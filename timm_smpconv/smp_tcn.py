@@ -19,6 +19,7 @@ from .checkpoint import check_before_loading
 from .heads import ClassifierHead, SelectSequencePool
 from .layers import RepSMPConv1d
 from .merged import MergedConv1d
+from .plain import CONVERSIONS, causal_padding, plain_convolution
 from .pretrained import hub_id
 
 __all__ = ['SMPTCN']
@@ -129,9 +130,11 @@ class TCNBlock(nn.Module):
 
     def __init__(self, conv1: nn.Module, conv2: nn.Module, shortcut: nn.Module, drop_rate: float):
         super().__init__()
+        self.pad1: nn.Module = nn.Identity()  # `to_plain` takes the padding out of the convolutions
         self.conv1 = conv1
         self.act1 = nn.ReLU(inplace=True)
         self.drop1 = nn.Dropout(drop_rate)
+        self.pad2: nn.Module = nn.Identity()
         self.conv2 = conv2
         self.act2 = nn.ReLU(inplace=True)
         self.drop2 = nn.Dropout(drop_rate)
@@ -140,9 +143,21 @@ class TCNBlock(nn.Module):
         self.register_load_state_dict_pre_hook(check_before_loading)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.drop1(self.act1(self.conv1(x)))
-        y = self.drop2(self.act2(self.conv2(y)))
+        y = self.drop1(self.act1(self.conv1(self.pad1(x))))
+        y = self.drop2(self.act2(self.conv2(self.pad2(y))))
         return self.act3(y + self.shortcut(x))
+
+
+def _plain_block(block: TCNBlock) -> TCNBlock:
+    for pad, conv in (('pad1', 'conv1'), ('pad2', 'conv2')):
+        merged = getattr(block, conv)
+        if type(merged) is MergedConv1d and merged.causal:
+            setattr(block, pad, causal_padding(merged))
+            setattr(block, conv, plain_convolution(merged))
+    return block
+
+
+CONVERSIONS[TCNBlock] = _plain_block
 
 
 class SMPTCN(SMPNet):

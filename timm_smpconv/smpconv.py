@@ -10,7 +10,7 @@ Shapes: B batch, C channels, H and W height and width.
 """
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Dict, Iterable, List, Optional, Sequence, cast
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -25,6 +25,7 @@ from .layers import (
     DepthwiseConv2d,
     RepSMPConv2d,
     check_images,
+    dilated_size,
     merged_block,
     odd_sizes,
 )
@@ -46,6 +47,7 @@ class SMPBlock(nn.Module):
             small_kernel: int = 5,
             points: Optional[int] = None,
             drop_path: float = 0.,
+            dilation: int = 1,
             device=None,
             dtype=None,
     ):
@@ -54,7 +56,7 @@ class SMPBlock(nn.Module):
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.pw1 = ConvNorm(nn.Conv2d(dim, dim, 1, bias=False, **dd), **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.dwconv = RepSMPConv2d(dim, kernel_size, small_kernel, points, **dd)
+        self.dwconv = RepSMPConv2d(dim, kernel_size, small_kernel, points, dilation, **dd)
         self.act2 = nn.ReLU(inplace=True)
         self.pw2 = ConvNorm(nn.Conv2d(dim, dim, 1, bias=False, **dd), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
@@ -73,10 +75,17 @@ class SMPBlock(nn.Module):
         return merged
 
     @staticmethod
-    def build_merged(dim: int, kernel_size: int, small_kernel: int = 5, device=None, dtype=None) -> MergedBlock:
+    def build_merged(
+            dim: int,
+            kernel_size: int,
+            small_kernel: int = 5,
+            dilation: int = 1,
+            device=None,
+            dtype=None,
+    ) -> MergedBlock:
         """What a new block merges into, with start values of its own."""
         dd = {'device': device, 'dtype': dtype}
-        size, _ = odd_sizes(kernel_size, small_kernel)
+        size: Any = dilated_size(odd_sizes(kernel_size, small_kernel)[0], dilation)
         padding = (size[0] // 2, size[1] // 2)
         merged = MergedBlock(
             MergedConv2d(dim, dim, 1, activation='relu', **dd),
@@ -139,9 +148,13 @@ class SMPStem(Stem, nn.ModuleList):
 
 
 class SMPStage(nn.Module):
-    """Downsampling by 2 (except in the first stage), then pairs of an SMP block and a feed-forward block.
+    """Downsampling by `stride` (except in the first stage), then pairs of an SMP block and a feed-forward block.
 
-    (B, in_dim, H, W) → (B, dim, ceil(H / 2), ceil(W / 2)), or (B, dim, H, W) in the first stage.
+    (B, in_dim, H, W) → (B, dim, ceil(H / stride), ceil(W / stride)), or (B, dim, H, W) in the first stage.
+
+    Args:
+        dilation: How many times as dense as for the network's usual strides the map in front of the stage is, and the
+            one in the stage.
     """
 
     def __init__(
@@ -154,27 +167,31 @@ class SMPStage(nn.Module):
             mlp_ratio: float,
             drop_path: Sequence[float],
             inference_mode: bool = False,
+            stride: int = 2,
+            dilation: Tuple[int, int] = (1, 1),
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
+        before, within = dilation
         self.downsample = nn.Identity() if in_dim is None else nn.Sequential(
             _conv_norm_relu(in_dim, dim, 1, inference_mode=inference_mode, **dd),
-            _conv_norm_relu(dim, dim, 3, stride=2, groups=dim, inference_mode=inference_mode, **dd),
+            _conv_norm_relu(
+                dim, dim, 3, stride, groups=dim, dilation=before, inference_mode=inference_mode, **dd),
         )
         hidden_dim = int(dim * mlp_ratio)
         blocks: List[nn.Module] = []
         for rate in drop_path:
             if inference_mode:
                 blocks += [
-                    SMPBlock.build_merged(dim, kernel_size, small_kernel, **dd),
+                    SMPBlock.build_merged(dim, kernel_size, small_kernel, within, **dd),
                     FeedForward.build_merged(dim, hidden_dim, **dd),
                 ]
             else:
                 blocks += [
-                    SMPBlock(dim, kernel_size, small_kernel, points, rate, **dd),
+                    SMPBlock(dim, kernel_size, small_kernel, points, rate, within, **dd),
                     FeedForward(dim, hidden_dim, rate, **dd),
                 ]
         self.blocks = nn.Sequential(*blocks)
@@ -203,6 +220,8 @@ class SMPConvNet(SMPNet):
         mlp_ratio: Expansion of the feed-forward blocks.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth in [0, 1), rising linearly from 0 over the pairs of blocks.
+        output_stride: 32, or 16 or 8 for the denser maps of DeepLab: stages behind it do not downsample; their large
+            kernels are rendered on the denser grid and their small ones dilated. Weights of any output stride fit.
         inference_mode: Build the merged architecture, into which a merged checkpoint loads.
 
     Raises:
@@ -231,6 +250,7 @@ class SMPConvNet(SMPNet):
             mlp_ratio: float = 4.,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
+            output_stride: int = 32,
             inference_mode: bool = False,
             device=None,
             dtype=None,
@@ -250,6 +270,8 @@ class SMPConvNet(SMPNet):
             raise ValueError(f'in_chans must be at least 1, got {in_chans}')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be at least 0 and below 1, got {drop_path_rate}')
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -263,13 +285,17 @@ class SMPConvNet(SMPNet):
             layer(dims[0], dims[0], 3, stride=2, groups=dims[0]),
         ])  # (B, in_chans, H, W) → (B, dims[0], H / 4, W / 4)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)  # a list for each stage
+        reductions = [min(4 * 2 ** i, output_stride) for i in range(4)]
+        dilations = [4 * 2 ** i // reduction for i, reduction in enumerate(reductions)]
         self.stages = nn.Sequential(*[
             SMPStage(
                 dims[i - 1] if i else None, dims[i], kernel_sizes[i], small_kernel, points[i], mlp_ratio, rates[i],
-                inference_mode, **dd)
+                inference_mode, reductions[i] // reductions[max(i - 1, 0)], (dilations[max(i - 1, 0)], dilations[i]),
+                **dd)
             for i in range(4)
         ])
-        self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2 ** i, module=f'stages.{i}') for i in range(4)]
+        self.feature_info = [
+            dict(num_chs=dims[i], reduction=reductions[i], module=f'stages.{i}') for i in range(4)]
         self.head = NormClassifierHead(dims[-1], num_classes, global_pool, drop_rate, inference_mode, **dd)
         self.head_hidden_size = self.head.num_features
         if not inference_mode:
@@ -292,7 +318,7 @@ class SMPConvNet(SMPNet):
             stage.grad_checkpointing = enable
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) → (B, num_features, H / 32, W / 32), before the head's norm."""
+        """(B, C, H, W) → (B, num_features, H / output_stride, W / output_stride), before the head's norm."""
         return self.stages(self.stem(x))
 
 
@@ -302,21 +328,22 @@ def _conv_norm_relu(
         kernel_size: int,
         stride: int = 1,
         groups: int = 1,
+        dilation: int = 1,
         inference_mode: bool = False,
         device=None,
         dtype=None,
 ) -> nn.Module:
     """A `ConvNorm` with ReLU, or what it merges into."""
     dd = {'device': device, 'dtype': dtype}
-    padding = kernel_size // 2
+    padding = dilation * (kernel_size // 2)
     if inference_mode:
-        merged = MergedConv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, **dd)
+        merged = MergedConv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, **dd)
         return nn.Sequential(OrderedDict(conv=merged, act=nn.ReLU(inplace=True)))
     conv: nn.Conv2d
-    if groups == in_chs == out_chs and stride == 1:
+    if groups == in_chs == out_chs and stride == dilation == 1:
         conv = DepthwiseConv2d(in_chs, kernel_size, bias=False, **dd)
     else:
-        conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=False, **dd)
+        conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd)
     return ConvNorm(conv, partial(nn.ReLU, inplace=True), **dd)
 
 

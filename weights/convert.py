@@ -3,55 +3,27 @@
     python weights/convert.py SMPConv_T.pth --model smpconv_tiny --out smpconv_tiny.in1k
 
 The folder holds model.safetensors, config.json and the model card README.md. It is written only if every key was used
-and the model read back from it gives the logits that the checkpoint gives in the plain networks of the tests
-(tests/reference.py, tests/reference_smp.py).
+and the model read back from it gives the logits that the checkpoint gives in a plain network, as
+timm_smpconv/weights/conversion.py does it.
 """
 import sys
 
 try:
     import argparse
-    import json
+    from functools import partial
     from pathlib import Path
-    from typing import Any, Dict, List, Mapping, Optional, Tuple
+    from typing import List, Optional
 
     import timm
-    import torch
-    from safetensors import SafetensorError
-    from timm.data import resolve_data_config
-    from timm.models import save_for_hf
-    from timm.utils import reparameterize_model
 
-    ROOT = Path(__file__).parent.parent
-    sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]  # the package of this checkout, and the oracle of its tests
-    import reference
-    import reference_smp
-    from card import model_card
-    from sources import FILES, SOURCES, SourcesError, load_sources
-
-    from timm_smpconv import SMPTCN
-    from timm_smpconv.checkpoint import (
-        CheckpointError,
-        checkpoint_filter_fn,
-        count_classes,
-        count_inputs,
-        is_authors_layout,
-        read_checkpoint,
-        select_weights,
-    )
-    from timm_smpconv.compat import file_sha256
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
+    from timm_smpconv import CheckpointError
     from timm_smpconv.console import robust_output
-    from timm_smpconv.files import replace_together
+    from timm_smpconv.weights.conversion import ConversionError, convert
+    from timm_smpconv.weights.sources import SOURCES, SourcesError
 except KeyboardInterrupt:  # these imports take seconds
     print('\nconvert: interrupted, nothing was written', file=sys.stderr)
     sys.exit(130)
-
-TOLERANCE = 1e-4  # of the logits, relative to the largest one
-SETTINGS = ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')
-Model = Any  # an nn.Module with what timm adds to it: num_classes, in_chans, pretrained_cfg
-
-
-class ConversionError(Exception):
-    """The checkpoint, an argument or the result is wrong."""
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -67,7 +39,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     with robust_output():
         try:
-            convert(args.checkpoint, args.model, args.tag, args.weights, args.merged, args.out, args.sources)
+            for written in convert(
+                    args.checkpoint, args.model, args.out, args.tag, args.weights, args.merged, args.sources,
+                    say=partial(print, flush=True)):
+                print(
+                    f'{written.folder}: logits differ by {written.difference:.1e} relative, model.safetensors has '
+                    f'sha256 {written.sha256}')
         except (ConversionError, CheckpointError, SourcesError, OSError) as error:
             print(f'convert: {error}', file=sys.stderr)
             return 1
@@ -75,170 +52,6 @@ def main(argv: Optional[List[str]] = None) -> int:
             print('\n' + ', '.join(('convert: interrupted', *map(str, error.args))), file=sys.stderr)
             return 130
     return 0
-
-
-def convert(
-        checkpoint: Path,
-        name: str,
-        tag: Optional[str],
-        weights: Optional[str],
-        merged: bool,
-        out: Path,
-        sources: Path,
-) -> None:
-    """See the top of this file; the arguments are those of the command line."""
-    listed = load_sources(sources)
-    tag = tag or str(timm.models.get_pretrained_cfg_value(name, 'tag'))
-    entry = listed.get(f'{name}.{tag}')
-    out = out.resolve()
-    outs = [out, out.parent / f'{out.name}-merged'] if merged else [out]
-    written = []
-    with replace_together(
-            out.parent, [path.name for path in outs], lambda path: check_replaceable(path, checkpoint)) as staging:
-        print(f'reading {checkpoint}', flush=True)
-        content = read_checkpoint(str(checkpoint))
-        source, kind = select_weights(content, weights)
-        source = {
-            k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in source.items()}
-        authors = is_authors_layout(source)
-        sha256 = file_sha256(checkpoint)
-        model = build(name, tag, source)
-        check_task(name, content)
-        if not authors and isinstance(content.get('args'), argparse.Namespace):  # as train.py evaluated it
-            settings = resolve_data_config(vars(content['args']), model=model)
-            settings['input_size'] = (model.in_chans, *settings['input_size'][1:])
-            model.pretrained_cfg.update({key: settings[key] for key in SETTINGS})
-        if entry:
-            check_entry(entry, model, authors)
-        else:  # the licence is up to whoever trained it
-            model.pretrained_cfg.update(license=None, origin_url=None)
-        facts = {
-            'published': is_published(entry, authors, kind, sha256),
-            'origin': f'{"EMA" if kind == "ema" else "model"} weights from a checkpoint in '
-                      f'the layout of {"the authors" if authors else "timm-smpconv"}, sha256 {sha256}',
-            'num_classes': model.num_classes,
-            'input_size': model.pretrained_cfg['input_size'],
-            'dataset': next((other['dataset'] for other in listed.values() if tag.startswith(other['tag'])), None),
-        }
-        expected = [(x, oracle(source, name, x)) for x in inputs(model)]
-        for target in outs:
-            is_merged = target != out
-            if is_merged:
-                model = reparameterize_model(model)
-            folder = staging / target.name
-            difference = write(folder, model, expected, is_merged)
-            parameters = sum(p.numel() for p in model.parameters())
-            card = model_card(
-                name, tag, entry, {**facts, 'merged': is_merged, 'parameters': parameters, 'difference': difference})
-            (folder / 'README.md').write_text(card, encoding='utf-8')
-            origin = {'sha256': sha256, 'weights': kind, 'file_sha256': file_sha256(folder / 'model.safetensors')}
-            config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-            (folder / 'config.json').write_text(json.dumps({**config, 'origin': origin}, indent=2), encoding='utf-8')
-            written.append(
-                f'{target}: logits differ by {difference:.1e} relative, model.safetensors has sha256 '
-                f'{origin["file_sha256"]}')
-    print('\n'.join(written), flush=True)
-
-
-def check_replaceable(out: Path, checkpoint: Path) -> None:
-    """Refuse to replace anything but a folder that this script wrote, which its config.json tells."""
-    rule = (
-        '--out must not exist, be empty, or be a folder that this script wrote and that does not hold CHECKPOINT, '
-        f'got {out}')
-    if not out.exists():
-        return
-    if out == Path.cwd() or out.is_mount():
-        raise ConversionError(
-            '--out must not be the working directory or a mount point, which cannot be replaced; name a folder in it, '
-            f'got {out}')
-    if not out.is_dir() or checkpoint.resolve().parent == out:
-        raise ConversionError(rule)
-    names = {path.name for path in out.iterdir()}
-    config = out / 'config.json'
-    if names and not (names <= set(FILES) and config.is_file() and b'"file_sha256"' in config.read_bytes()):
-        raise ConversionError(rule)
-
-
-def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
-    """The model with these weights, in evaluation mode. The checkpoint decides its classes and input channels."""
-    shapes = {key: value.shape for key, value in source.items() if isinstance(value, torch.Tensor)}
-    classes = count_classes(shapes)
-    like: Model = timm.create_model(name, device='meta')
-    in_chans = count_inputs(shapes, like.input_weights)
-    if not classes or not in_chans:
-        raise ConversionError(
-            f'CHECKPOINT must hold an SMPConv model with its classifier, got {len(source)} other tensors')
-    model: Model = timm.create_model(name, num_classes=classes, in_chans=in_chans)
-    model.load_state_dict(checkpoint_filter_fn(source, model))
-    model.pretrained_cfg.update(tag=tag, input_size=(model.in_chans, *model.pretrained_cfg['input_size'][1:]))
-    return model.eval()
-
-
-def check_task(name: str, content: Mapping[str, Any]) -> None:
-    """Refuse what Lightning trained under another name, or with arguments of its own."""
-    settings = content.get('hyper_parameters')  # what SequenceClassifier was built with
-    if isinstance(settings, Mapping):
-        free = ('num_classes', 'in_chans', 'drop_rate', 'input_drop_rate')
-        changed = {key: value for key, value in (settings.get('model_args') or {}).items() if key not in free}
-        if settings.get('name', name) != name or changed:
-            raise ConversionError(
-                f'CHECKPOINT must hold {name} with its own arguments, got {settings.get("name")} with {changed}')
-
-
-def check_entry(entry: Dict[str, Any], model: Model, authors: bool) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    if parameters != entry['parameters']:
-        raise ConversionError(
-            f'CHECKPOINT must have the {entry["parameters"]} parameters listed for this model and tag, got '
-            f'{parameters}: give weights for other classes another --tag')
-    if entry['origin'] and not authors:
-        raise ConversionError(
-            f'CHECKPOINT must be in the authors\' layout, as listed for {entry["model"]}.{entry["tag"]}: give weights '
-            'of your own another --tag')
-
-
-def is_published(entry: Optional[Dict[str, Any]], authors: bool, kind: str, sha256: str) -> Optional[bool]:
-    """Whether these are the weights whose accuracy the entry gives; None if their hash is not recorded."""
-    if not entry or not entry['origin'] or not authors or kind != entry['origin']['weights']:
-        return False
-    known = entry['origin']['sha256']
-    return None if known is None else known == sha256
-
-
-def inputs(model: Model) -> List[torch.Tensor]:
-    """Random inputs of the evaluation's size and, for networks that take any, of a size with other proportions."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, model.in_chans, *size, generator=generator) for size in sizes(model)]
-
-
-def sizes(model: Model) -> List[Tuple[int, int]]:
-    height, width = model.pretrained_cfg['input_size'][1:]
-    return [(height, width), *([] if isinstance(model, SMPTCN) else [(max(32, height * 5 // 7), width * 8 // 7)])]
-
-
-def oracle(source: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    family = reference if name in reference.CONFIGS else reference_smp
-    print(f'evaluating it at {x.shape[2]}×{x.shape[3]} in the plain network of tests/{family.__name__}.py', flush=True)
-    exact = {k: v.double() for k, v in family.in_authors_layout(source).items() if isinstance(v, torch.Tensor)}
-    with torch.inference_mode():
-        return family.logits(exact, name, x.double())
-
-
-def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.Tensor]], merged: bool) -> float:
-    """Write a model and read it back; how far its logits are from those expected, relative to the largest."""
-    args = {'in_chans': model.in_chans, **({'inference_mode': True} if merged else {})}
-    try:
-        save_for_hf(model, str(folder), safe_serialization=True, model_args=args)
-    except SafetensorError as error:  # the disk is full, for one
-        raise ConversionError(f'could not write model.safetensors: {error}; nothing was written') from error
-    read = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    with torch.inference_mode():
-        differences = [(read(x) - logits).abs().max() / logits.abs().max() for x, logits in expected]
-    found = torch.stack(differences).max().item()  # NaN if one is
-    if not found <= TOLERANCE:
-        raise ConversionError(
-            f'the logits must differ by at most {TOLERANCE} relative, got {found}: nothing was written')
-    return found
 
 
 if __name__ == '__main__':

@@ -16,14 +16,14 @@ try:
     from typing import Dict, List, Optional
 
     sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
-    from card import with_address
     from huggingface_hub import HfApi, constants, get_token, hf_hub_download
     from huggingface_hub.utils import HFValidationError, validate_repo_id
-    from sources import FILES, SOURCES, SourcesError, load_sources, record
 
     from timm_smpconv.compat import file_sha256
     from timm_smpconv.console import robust_output
     from timm_smpconv.pretrained import _CLIENT_ERRORS, _first_line
+    from timm_smpconv.weights.card import with_address
+    from timm_smpconv.weights.sources import FILES, SOURCES, SourcesError, load_sources, record
 except KeyboardInterrupt:  # these imports take seconds
     print('\npublish: interrupted; nothing was published', file=sys.stderr)
     sys.exit(130)

@@ -9,11 +9,12 @@ kernel; p, `before`: zeros in front of the input. The formulas are in `spectra`.
 
 The plain functions, the registered operators and the autograd functions have the same uses as in `derivatives`.
 """
+import math
 from typing import List, Optional, Sequence
 
 import torch
 
-from . import spectra
+from . import private, spectra
 from .derivatives import batch_first, is_observed
 
 
@@ -171,3 +172,15 @@ class Corr(torch.autograd.Function):
 
 conv_op.register_autograd(_conv_backward, setup_context=_conv_context)
 corr_op.register_autograd(_corr_backward, setup_context=_corr_context)
+
+
+@private.flop_formula(torch.ops.timm_smpconv.fft_conv)
+def _conv_flops(x_shape, weight_shape, *_, **__) -> int:
+    """Of the direct convolution, as PyTorch counts `F.conv1d` and `F.conv2d`; of a transposed one as well."""
+    return 2 * x_shape[0] * math.prod(x_shape[2:]) * math.prod(weight_shape)
+
+
+@private.flop_formula(torch.ops.timm_smpconv.fft_corr)
+def _corr_flops(grad_shape, x_shape, kernel_size, before, groups, *_, **__) -> int:
+    """Of the direct weight gradient."""
+    return 2 * math.prod(grad_shape) * (x_shape[1] // groups) * math.prod(kernel_size)

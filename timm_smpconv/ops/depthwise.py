@@ -15,8 +15,6 @@ from .derivatives import Conv, conv
 
 __all__ = ['depthwise_conv2d']
 
-_TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
-
 
 def depthwise_conv2d(
         x: torch.Tensor,
@@ -114,13 +112,7 @@ def _compiled(
 
 def is_exporting() -> bool:
     """Whether a graph is captured to leave PyTorch, in which the operator has to be a standard convolution."""
-    if torch.jit.is_tracing():
-        return True
-    if not torch.compiler.is_compiling():
-        return False
-    # torch.export traces Python itself by default; with strict=True it goes through the compiler, like torch.compile,
-    # and older versions call either of them exporting (seen with torch 2.7; right in 2.15).
-    return not torch.compiler.is_dynamo_compiling() or (_TORCH >= (2, 15) and torch.compiler.is_exporting())
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def check_exportable(backend: Optional[str]) -> None:

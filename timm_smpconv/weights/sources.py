@@ -5,18 +5,18 @@ from typing import Any, Dict
 
 import yaml
 
-from timm_smpconv.files import write_whole
+from ..files import write_whole
 
-FILES = ('README.md', 'config.json', 'model.safetensors')  # of a folder that convert.py writes and publish.py uploads
+FILES = ('README.md', 'config.json', 'model.safetensors')  # of a folder that is converted and published
 SOURCES = Path(__file__).parent / 'sources.yaml'
 KEYS = (
     'model', 'tag', 'origin', 'license', 'parameters', 'gmacs', 'top1', 'top1_source', 'dataset', 'hub_id', 'sha256',
     'commit')
-PARTS = {'origin': ('weights', 'sha256'), 'dataset': ('name', 'id', 'pipeline')}
+PARTS = {'origin': ('page', 'file', 'weights', 'bytes', 'sha256'), 'dataset': ('name', 'id', 'pipeline')}
 
 
 class SourcesError(Exception):
-    """--sources is not such a file."""
+    """`sources` is not such a file."""
 
 
 def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
@@ -25,7 +25,7 @@ def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
     Raises:
         SourcesError: The file cannot be read, or an entry lacks one of KEYS or has a wrong one.
     """
-    rule = f'--sources must be a YAML file that gives {", ".join(KEYS)} for each MODEL.TAG, got {path}'
+    rule = f'sources must be a YAML file that gives {", ".join(KEYS)} for each MODEL.TAG, got {path}'
     try:
         entries = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as error:
