@@ -90,6 +90,14 @@ def test_layer_and_operator(run):
     assert 1e-4 < names['errors']['fft'] < 1e-2  # the figures on the page, on any CPU
 
 
+def test_kernel_size(run, capsys):
+    *_, names = run('docs/kernel-size.md')
+    image = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        assert difference(names['again'](image), names['merged'](image)) < 1e-5
+    assert capsys.readouterr().out == '[(64, 64), (32, 32), (16, 16), (16, 16)]\n'  # as the page says
+
+
 def test_sequences(run):
     weights = timm.create_model('smpconv_tcn_ct').state_dict()
     torch.save({'state_dict': weights}, 'last.ckpt')  # as tests/test_sequences.py sees Lightning write it
@@ -163,7 +171,7 @@ def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
-        'docs/deployment.md'}
+        'docs/deployment.md', 'docs/kernel-size.md'}
 
 
 def commands(page):
