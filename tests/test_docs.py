@@ -106,6 +106,14 @@ def test_replace(run):
     assert isinstance(names['optimizer'], timm_smpconv.SMPAdamW)
 
 
+def test_kernel_size(run, capsys):
+    *_, names = run('docs/kernel-size.md')
+    image = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        assert difference(names['again'](image), names['merged'](image)) < 1e-5
+    assert capsys.readouterr().out == '[(64, 64), (32, 32), (16, 16), (16, 16)]\n'  # as the page says
+
+
 def test_sequences(run):
     weights = timm.create_model('smpconv_tcn_ct').state_dict()
     torch.save({'state_dict': weights}, 'last.ckpt')  # as tests/test_sequences.py sees Lightning write it
@@ -234,7 +242,7 @@ def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
-        'docs/deployment.md', 'docs/replace.md', 'docs/tools.md'}
+        'docs/deployment.md', 'docs/kernel-size.md', 'docs/replace.md', 'docs/tools.md'}
 
 
 @pytest.mark.parametrize('page', PAGES)
