@@ -159,11 +159,17 @@ def test_deployment(run, tmp_path, monkeypatch):
         assert parameters < (tmp_path / file).stat().st_size < 1.05 * parameters, file
 
 
+def test_pictures(run, tmp_path):
+    *_, names = run('docs/pictures.md')
+    assert names['field'].shape == (96, 96) and names['table'].count('smpconv_mobile31') == 1
+    assert (tmp_path / 'receptive-field.pdf').stat().st_size > 5_000
+
+
 def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
-        'docs/deployment.md'}
+        'docs/deployment.md', 'docs/pictures.md'}
 
 
 def commands(page):
@@ -220,7 +226,8 @@ def help_of(program, arguments):
         mock.patch.object(sys, 'argv', [program, '--help']), mock.patch.object(sys, 'path', [str(ROOT), *sys.path]),
     ):
         if program == 'timm-smpconv':
-            main([*(word for word in arguments[:1] if not word.startswith('-')), '--help'])
+            depth = 2 if arguments[:1] == ['picture'] else 1  # of subcommands
+            main([*(word for word in arguments[:depth] if not word.startswith('-')), '--help'])
         elif program.startswith('weights/'):
             {'weights/convert.py': convert, 'weights/publish.py': publish}[program].main(['--help'])
         else:
