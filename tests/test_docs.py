@@ -238,11 +238,18 @@ def full(weight):
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def test_pictures(run, tmp_path):
+    *_, names = run('docs/pictures.md')
+    assert names['field'].shape == (96, 96) and names['table'].count('smpconv_mobile31') == 1
+    assert (tmp_path / 'receptive-field.pdf').stat().st_size > 5_000
+
+
 def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
-        'docs/deployment.md', 'docs/kernel-size.md', 'docs/replace.md', 'docs/tools.md'}
+        'docs/deployment.md', 'docs/kernel-size.md', 'docs/pictures.md', 'docs/replace.md',
+        'docs/tools.md'}
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -305,7 +312,8 @@ def help_of(program, arguments):
         mock.patch.object(sys, 'argv', [program, '--help']), mock.patch.object(sys, 'path', [str(ROOT), *sys.path]),
     ):
         if program == 'timm-smpconv':
-            main([*(word for word in arguments[:1] if not word.startswith('-')), '--help'])
+            depth = 2 if arguments[:1] == ['picture'] else 1  # of subcommands
+            main([*(word for word in arguments[:depth] if not word.startswith('-')), '--help'])
         elif program.startswith('weights/'):
             {'weights/convert.py': convert, 'weights/publish.py': publish}[program].main(['--help'])
         else:
