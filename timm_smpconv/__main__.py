@@ -7,10 +7,9 @@ from typing import Callable, List, Optional
 import timm
 import torch
 
-from . import __version__, backends, startup
+from . import __version__, backends, pretrained, startup
 from .checkpoint import CheckpointError
 from .console import robust_output
-from .pretrained import BUILT_IN
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
 from .weights import command as weights
@@ -170,7 +169,7 @@ def _weights(args: argparse.Namespace) -> int:
         else:
             folder = weights.fetch(args.name, args.file, args.cache_dir, say=print)
             place = f', cache_dir="{args.cache_dir}"' if args.cache_dir else ''
-            way = f'"local-dir:{folder}", pretrained=True' if BUILT_IN[folder.name] else (
+            way = f'"local-dir:{folder}", pretrained=True' if pretrained.BUILT_IN[folder.name] else (
                 f'"{args.name}", pretrained=True{place}')
             print(f'timm.create_model({way}) takes it from there')
     except (weights.WeightsError, ConversionError, CheckpointError, SourcesError, OSError) as error:
