@@ -7,12 +7,11 @@ from typing import Any, Callable, List, Optional
 import timm
 import torch
 
-from . import __version__, backends, startup
+from . import __version__, backends, pretrained, startup
 from .build import build_network
 from .checkpoint import CheckpointError
 from .console import robust_output
 from .files import replace_together
-from .pretrained import BUILT_IN
 from .receptive_field import find_images, own_size, read_images, receptive_field, share_table
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
@@ -215,7 +214,7 @@ def _weights(args: argparse.Namespace) -> int:
         else:
             folder = weights.fetch(args.name, args.file, args.cache_dir, say=print)
             place = f', cache_dir="{args.cache_dir}"' if args.cache_dir else ''
-            way = f'"local-dir:{folder}", pretrained=True' if BUILT_IN[folder.name] else (
+            way = f'"local-dir:{folder}", pretrained=True' if pretrained.BUILT_IN[folder.name] else (
                 f'"{args.name}", pretrained=True{place}')
             print(f'timm.create_model({way}) takes it from there')
     except (weights.WeightsError, ConversionError, CheckpointError, SourcesError, OSError) as error:
