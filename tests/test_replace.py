@@ -173,6 +173,16 @@ def assigned():
     return conv
 
 
+class Quantised(torch.Tensor):
+    """A tensor subclass, as torchao's quantised weights and FSDP's shards are."""
+
+
+def quantised():
+    conv = depthwise()
+    conv.weight = nn.Parameter(conv.weight.detach().as_subclass(Quantised))
+    return conv
+
+
 def tied():
     conv, other = depthwise(), depthwise()
     other.weight = conv.weight
@@ -200,6 +210,7 @@ LEFT = {
     'parametrised': (
         lambda: nn.utils.parametrizations.weight_norm(depthwise()), 'computes its weight from others'),
     'pruned': (lambda: prune.l1_unstructured(depthwise(), 'weight', 3), 'computes its weight from others'),
+    'quantised': (quantised, 'computes its weight from others'),
     'complex': (lambda: nn.Conv2d(6, 6, 7, padding=3, groups=6, dtype=torch.cfloat), 'has weights of torch.complex64'),
 }
 
