@@ -29,7 +29,6 @@ import yaml
 from conftest import MODELS, difference, shake_norms, wake_weights
 from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
-from test_tools import without_classes
 from test_weights import unpublished
 from timm.data import create_transform, resolve_model_data_config
 from torch.distributed.run import get_args_parser
@@ -190,8 +189,6 @@ def test_tools(run, tmp_path, monkeypatch):
     torch.save({'model': authors_state_dict('smpconv_mobile31', num_classes=10)}, 'digits.pth')
     (command,) = (args for args in commands('docs/tools.md') if args[:2] == ['python', 'weights/convert.py'])
     assert convert.main(command[2:]) == 0
-    for folder in ('smpconv_mobile31.digits', 'smpconv_mobile31.digits-merged'):
-        without_classes(tmp_path / folder)
     network = timm.create_model('local-dir:smpconv_mobile31.digits', pretrained=True).eval()
     for names in run('docs/tools.md'):
         if 'logits' in names:

@@ -3,7 +3,6 @@
 Oracles: what timm's create_model makes of the same folder; the unmerged network for the merged one; plain AdamW with
 rates and radii set by hand (test_distributed.py).
 """
-import json
 import math
 
 import convert
@@ -30,13 +29,6 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4  # of `difference`, for whole networks in float32
 
 
-def without_classes(folder):
-    """Leave num_classes out of a folder's model_args, where transformers gives it twice."""
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    config['model_args'].pop('num_classes', None)
-    (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
-
-
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     """What weights/convert.py makes of smpconv_mobile31 in the authors' layout: the folder, and that of merged ones."""
@@ -45,10 +37,7 @@ def folders(tmp_path_factory):
     assert convert.main([
         str(path / 'digits.pth'), '--model', 'smpconv_mobile31', '--tag', 'digits', '--out', str(path / 'digits'),
         '--merged']) == 0
-    folders = {'unmerged': path / 'digits', 'merged': path / 'digits-merged'}
-    for folder in folders.values():
-        without_classes(folder)
-    return folders
+    return {'unmerged': path / 'digits', 'merged': path / 'digits-merged'}
 
 
 @pytest.fixture(scope='module')
