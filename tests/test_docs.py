@@ -220,6 +220,7 @@ def test_tools(run, tmp_path, monkeypatch):
             assert difference(actual, expected) < 1e-4
             assert difference(restored, expected) < 1e-4
         assert difference(names['merged_unet'](images), names['unet'](images)) < 1e-4
+        assert names['deeplab'].eval()(images).shape == (2, 3, 64, 64)
         for level, expected in names['retinanet'].backbone(images).items():
             assert difference(names['merged_retinanet'].backbone(images)[level], expected) < 1e-4
         assert len(names['faster_rcnn'].eval()(list(images.sigmoid()))) == 2
