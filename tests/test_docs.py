@@ -74,12 +74,12 @@ def checkpoint(run):
     return state_dict
 
 
-def test_readme(run, checkpoint):
+def test_readme(run):
     *_, names = run('README.md')
     with torch.no_grad():
         assert difference(names['logits'], names['model'](names['image'])) < 1e-5
-        assert difference(names['again'].eval()(names['image']), names['logits']) < 1e-5
-    assert torch.equal(names['theirs'].head.fc.weight, checkpoint['head.weight'])
+    assert names['large'].stages[0].blocks[0].dwconv.large.conv.kernel_size == (61, 61)
+    assert names['convnext'].stages[0].blocks[0].conv_dw.kernel_size == (31, 31)
 
 
 def test_training(run):
