@@ -409,7 +409,6 @@ def test_images_are_found_and_read(tmp_path):
 
 
 @pytest.mark.parametrize('name,kwargs', [
-    ('smpconv_mobile31', dict(num_classes=7, in_chans=1)),
     ('smpconv_mobile31', dict(num_classes=0, in_chans=2)),
     ('smpconv_mobile31', dict(num_classes=7, inference_mode=True)),
     ('smpconv_tcn_pmnist', dict(num_classes=4, seq_len=50)),
