@@ -360,16 +360,15 @@ def test_motion(size, tmp_path):
             file.seek(i)
             assert file.info['duration'] == (2000 if i == 3 else 80)
             off = (torch.tensor(list(file.convert('RGB').tobytes())) - torch.tensor(list(image.tobytes()))).abs()
-            assert off.float().mean() < 6  # of 255: 96 colours
+            assert off.float().mean() < 6  # of 255: 64 colours
 
 
 def test_colours_of_motion_are_relative_to_the_largest_of_all_frames():
-    small, large = one_point([0., 0.], (9, 9)), one_point([0., 0.], (9, 9))
-    small = Picture(small.kernel / 4, small.points)
-    middle = [image.crop((195, 220, 206, 226)) for image in draw_motion([('', small), ('', large)])]
-    assert middle[0].size == middle[1].size  # the point itself covers the middle
-    axes = [image.getpixel((200, 235)) for image in draw_motion([('', small), ('', large)])]
-    assert axes[0][2] > axes[1][2]  # paler red
+    """Beside the point, which has the same weight in both frames."""
+    large = one_point([0., 0.], (9, 9))
+    small = Picture(large.kernel / 4, large.points)
+    pale, strong = (image.getpixel((240, 207)) for image in draw_motion([('', small), ('', large)]))
+    assert pale[0] > strong[0] > pale[2] - 150 and pale[2] > strong[2] + 50  # both red
 
 
 # Files
@@ -410,7 +409,6 @@ def test_images_are_found_and_read(tmp_path):
 
 
 @pytest.mark.parametrize('name,kwargs', [
-    ('smpconv_mobile31', dict(num_classes=7, in_chans=1)),
     ('smpconv_mobile31', dict(num_classes=0, in_chans=2)),
     ('smpconv_mobile31', dict(num_classes=7, inference_mode=True)),
     ('smpconv_tcn_pmnist', dict(num_classes=4, seq_len=50)),
