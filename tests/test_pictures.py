@@ -303,6 +303,8 @@ def test_kernels_of_a_network_and_of_the_merged_one():
     picture = merged['stages.2.blocks.2.dwconv, channel 3']
     assert torch.equal(picture.kernel, expected[3, 0]) and picture.points is None
     assert not draw_kernels({'merged': picture}).axes[0].collections
+    backbone = reparameterize_model(small_model(features_only=True))
+    assert len(find_kernels(backbone, stages=[1, 2], channels=[0])) == 3
 
 
 @pytest.mark.parametrize('name,kwargs', [

@@ -23,7 +23,6 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from timm_smpconv import SMPAdamW, SMPKernel
-from timm_smpconv.merged import MergedConv2d
 from timm_smpconv.optim import add_point_rules
 
 pytestmark = pytest.mark.slow
@@ -72,10 +71,10 @@ def check_close(actual, expected):
         assert difference(a, e) < TOLERANCE
 
 
-def check_merged(network):
-    """No norm of a large kernel is left, and no point."""
-    assert any(isinstance(module, MergedConv2d) for module in network.modules())
-    assert not any(isinstance(module, SMPKernel) for module in network.modules())
+def check_merged(encoder):
+    """Points and norms are gone; the large kernels are those of convolutions."""
+    assert not any(isinstance(module, (SMPKernel, nn.BatchNorm2d)) for module in encoder.modules())
+    assert any(module.kernel_size == (31, 31) for module in encoder.modules() if isinstance(module, nn.Conv2d))
 
 
 def update_all(network, encoder, loss):
@@ -206,12 +205,12 @@ def test_detection(name, folders, images):
     update_all(network, network.backbone.body, lambda: sum(network(photos, [target, target]).values()))
     with torch.no_grad():
         merged = reparameterize_model(network.eval())
-        check_merged(merged)
+        check_merged(merged.backbone.body)
         check_close(raw_outputs(name, merged, images), raw_outputs(name, network, images))
         assert len(merged(photos)) == 2
 
         merged = detector(name, folders['merged']).eval()
-        check_merged(merged)
+        check_merged(merged.backbone.body)
         merged.backbone.fpn.load_state_dict(network.backbone.fpn.state_dict())
         unmerged = detector(name, folders['unmerged']).eval()
         unmerged.backbone.fpn.load_state_dict(network.backbone.fpn.state_dict())

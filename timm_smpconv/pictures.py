@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from .base import SMPNet
+from .base import SMPFeatureListNet, SMPNet
 from .kernel import SMPKernel, render_kernel
 from .receptive_field import smallest_square
 
@@ -103,7 +103,7 @@ def find_kernels(
     kernels: Dict[str, Any] = {
         re.sub(r'\.?(large\.)?(conv\.)?kernel$', '', name): module
         for name, module in model.named_modules() if isinstance(module, SMPKernel)}
-    if not kernels and isinstance(model, SMPNet):  # merged: its other convolutions have kernels of 1 or 3
+    if not kernels and isinstance(model, (SMPNet, SMPFeatureListNet)):  # merged: its other convolutions have kernels of 1 or 3
         kernels = {
             name: module.weight for name, module in model.named_modules()
             if isinstance(module, (nn.Conv1d, nn.Conv2d)) and min(module.kernel_size) > 3}
@@ -162,13 +162,14 @@ def draw_kernels(pictures: Mapping[str, Picture], columns: int = 4) -> Figure:
     figure, axes = _panels(rows, columns, width, 2.75)
     for axis, (title, picture) in zip(axes, pictures.items()):
         _draw(axis, picture)
-        axis.set_title(f'{title}\nlargest |K| {picture.kernel.abs().max().item():.2g}', fontsize=8)
+        axis.set_title(f'{title}\nlargest |K| {picture.kernel.abs().max().item():.2g}', fontsize=9)
     return figure
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> Tuple[Figure, List[Any]]:
     """A white figure, since a transparent one has unreadable text on a dark page, and its axes."""
     figure = Figure(figsize=(width * columns, height * rows), layout='constrained', facecolor='white')
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # inches
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
@@ -266,7 +267,8 @@ def save_motion(images: Iterator[Image.Image], file: Path, milliseconds: int = 8
     Example:
         >>> kernel = SMPKernel(1, (9, 9), 5)
         >>> save_motion(draw_motion([('before', picture_of(kernel)), ('after', picture_of(kernel))]), Path('a.gif'))
-        >>> Image.open('a.gif').n_frames
+        >>> with Image.open('a.gif') as image:
+        ...     image.n_frames
         2
     """
     frames = list(images)
