@@ -394,6 +394,7 @@ def test_images_are_found_and_read(tmp_path):
         Image.new('RGB', (40 + i, 90 - i), (255, 0, 0)).save(tmp_path / str(i % 2) / f'{i}.png')
     (tmp_path / 'notes.txt').touch()
     (tmp_path / '.hidden.png').touch()
+    (tmp_path / 'folder.png').mkdir()
     assert [p.name for p in find_images(tmp_path, 3)] == ['0.png', '6.png', '3.png']
     files = find_images(tmp_path)
     assert len(files) == 9 and len(find_images(tmp_path, 100)) == 9
@@ -517,6 +518,8 @@ FIELD = ['receptive-field', 'smpconv_tiny', '--images', 'images', '--image-size'
     ([*FIELD[:3], 'empty', '--image-size', '32'], 2, 'files *.png, *.jpg or *.jpeg in it or below, got empty'),
     ([*FIELD[:3], 'none', '--image-size', '32'], 2, 'images must be in a folder, got none'),
     ([*FIELD[:3], 'broken'], 2, f'images must be files that Pillow reads, got {Path("broken/a.png")}'),
+    ([*FIELD[:3], 'a' * 300], 2, 'receptive-field: '),  # which `stat` refuses: --images, not --out
+    ([*FIELD[:3], 'large'], 2, f'images must be files that Pillow reads, got {Path("large/a.png")}: Image size (4000'),
     ([*FIELD, '--checkpoint', 'a', 'b'], 2, '--checkpoint must name one file for each MODEL, got 2 for 1'),
     (['receptive-field', 'smpconv_tcn_ct', *FIELD[2:]], 2, 'smpconv_tcn_ct with images of 32x32: x must have'),
     (['receptive-field', 'vit_tiny_patch16_224', *FIELD[2:]], 2, 'image_size must be 224 for VisionTr'),
@@ -526,16 +529,20 @@ def test_bad_input_is_one_sentence_and_writes_nothing(small, arguments, status, 
     Path('empty').mkdir()
     Path('broken').mkdir()
     Path('broken/a.png').write_bytes(b'\x89PNG\r\n\x1a\n')
+    Path('large').mkdir()
+    if 'large' in arguments:
+        Image.new('1', (20_000, 20_000)).save('large/a.png')
     assert main(['picture', *arguments]) == status
     captured = capsys.readouterr()
     lines = [line for line in captured.err.split('\n') if line and '\r' not in line]
     assert message in lines[-1] and lines[-1].startswith(f'timm-smpconv picture {arguments[0]}: ')
     assert 'Traceback' not in captured.err and captured.out == ''
-    assert listed() == ['broken', 'empty', 'folder.png']
+    assert listed() == ['broken', 'empty', 'folder.png', 'large']
 
 
 @pytest.mark.parametrize('arguments,message', [
     (['kernels', 'smpconv_tiny', '--out', 'a.gif'], "--out: must be a file whose name ends in .png or .svg, got 'a.g"),
+    (['kernels', 'smpconv_tiny', '--out', '.png'], "--out: must be a file whose name ends in .png or .svg, got '.png"),
     (['kernels', 'smpconv_tiny', '--channels', '-1'], '--channels: must be an integer from 0'),
     (['receptive-field', 'smpconv_tiny'], 'the following arguments are required: --images'),
     ([], 'the following arguments are required: picture'),

@@ -74,7 +74,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, metadata):
         licence = archive.read(f'timm_smpconv-{VERSION}.dist-info/licenses/LICENSE')
     assert licence == (ROOT / 'LICENSE').read_bytes()
     assert (metadata['Name'], metadata['Version'], metadata['License-Expression']) == ('timm-smpconv', VERSION, 'MIT')
-    assert {'demo', 'export', 'scripts', 'test', 'tools'} <= set(metadata.get_all('Provides-Extra'))
+    assert {'demo', 'export', 'scripts', 'test', 'tools', 'weights'} <= set(metadata.get_all('Provides-Extra'))
 
 
 @pytest.mark.slow
@@ -116,8 +116,8 @@ def test_installs_without_extras_and_runs_outside_the_checkout(wheel, metadata, 
     work.mkdir()
     extras = {
         re.match(r'[\w.-]+', line)[0] for line in metadata.get_all('Requires-Dist')
-        if re.search(r'extra == "(demo|export|scripts)"', line)}
-    assert 'scikit-learn' in extras
+        if re.search(r'extra == "(demo|export|scripts|weights)"', line)}
+    assert {'gdown', 'scikit-learn'} <= extras
     blocked = dict.fromkeys({'sklearn', *extras} - {'tqdm'})  # huggingface_hub needs tqdm, too
     (installed / 'sitecustomize.py').write_text(f'import sys\nsys.modules.update({blocked})\n')
     environ = dict(os.environ, PYTHONPATH=str(installed))
@@ -139,6 +139,9 @@ def test_installs_without_extras_and_runs_outside_the_checkout(wheel, metadata, 
     path, *rest = command('run', 'script.py', 'an argument').split(maxsplit=2)
     assert installed in Path(path).parents and rest == ['SMPConvNet', 'an argument']
     assert 'it comes with the extra "demo"' in command('demo', code=1)
+    assert 'it comes with the extra "demo"' in command('picture', 'kernels', 'smpconv_mobile31', code=1)
+    assert 'https://drive.google.com/' in command('weights', '--list', '--cache-dir', 'cache')
+    assert 'it comes with the extra "weights"' in command('weights', 'smpconv_tiny', '--cache-dir', 'cache', code=1)
     script = installed / 'bin' / 'timm-smpconv'
     assert run(script, '--version', cwd=work, env=environ).strip() == VERSION
 

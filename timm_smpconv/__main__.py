@@ -140,9 +140,10 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def _picture_file(text: str) -> Path:
-    if not text.lower().endswith(('.png', '.svg')):
+    path = Path(text)
+    if path.suffix.lower() not in ('.png', '.svg'):  # '.png' alone is a name, not a suffix
         raise argparse.ArgumentTypeError(f'must be a file whose name ends in .png or .svg, got {text!r}')
-    return Path(text)
+    return path
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -298,7 +299,11 @@ def _write_picture(args: argparse.Namespace, draw: Callable[[Any], Any]) -> int:
 
     try:
         with replace_together(args.out.parent, [args.out.name], check) as folder:
-            pictures.save_figure(draw(pictures), folder / args.out.name)
+            try:
+                figure = draw(pictures)
+            except OSError as error:  # of what it reads
+                raise ValueError(str(error)) from error
+            pictures.save_figure(figure, folder / args.out.name)
     except OSError as error:
         print(f'{command}: --out must be a file that can be written: {error}', file=sys.stderr)
         return 1

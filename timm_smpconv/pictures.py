@@ -104,7 +104,8 @@ def find_kernels(
     kernels: Dict[str, Any] = {
         re.sub(r'\.?(large\.)?(conv\.)?kernel$', '', name): module
         for name, module in model.named_modules() if isinstance(module, SMPKernel)}
-    if not kernels and isinstance(model, (SMPNet, SMPFeatureListNet)):  # merged; other convolutions have kernels to 3
+    # Of a merged network: its other convolutions have kernels of 1 or 3.
+    if not kernels and isinstance(model, (SMPNet, SMPFeatureListNet)):
         kernels = {
             name: module.weight for name, module in model.named_modules()
             if isinstance(module, (nn.Conv1d, nn.Conv2d)) and min(module.kernel_size) > 3}

@@ -199,7 +199,8 @@ def find_images(folder: Path, count: Optional[int] = None) -> List[Path]:
     if not folder.is_dir():
         raise ValueError(f'images must be in a folder, got {folder}')
     suffixes = get_img_extensions(as_set=True)
-    found = sorted(p for p in folder.rglob('*') if p.suffix.lower() in suffixes and not p.name.startswith('.'))
+    found = sorted(
+        p for p in folder.rglob('*') if p.suffix.lower() in suffixes and not p.name.startswith('.') and not p.is_dir())
     if not found:
         raise ValueError(f'images must be in a folder with files *.png, *.jpg or *.jpeg in it or below, got {folder}')
     count = min(count or len(found), len(found))
@@ -260,5 +261,5 @@ def _read(file: Path, channels: int, transform: Any) -> torch.Tensor:
     try:
         with Image.open(file) as image:
             return transform(image.convert('RGB' if channels == 3 else 'L')).unsqueeze(0)
-    except (OSError, SyntaxError) as error:  # SyntaxError: of a damaged PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of a damaged PNG
         raise ValueError(f'images must be files that Pillow reads, got {file}: {error}') from error
