@@ -13,7 +13,7 @@ from reference import conv_loop, kernel_loop
 from timm.utils import ModelEmaV3, reparameterize_model
 
 from timm_smpconv import RepSMPConv2d, SMPConv1d, SMPConv2d, SMPKernel, resize_kernels
-from timm_smpconv.layers import DenseRepSMPConv2d, RepSMPConv1d
+from timm_smpconv.layers import DenseRepSMPConv2d, DepthwiseConv2d, RepSMPConv1d
 
 
 def kernel_sizes(model):
@@ -80,6 +80,49 @@ def test_a_finer_convolution_of_a_finer_map_is_the_same_continuous_one(s):
     exact = convolved(16)
     coarse, fine = ((convolved(scale) - exact).norm() / exact.norm() for scale in (1, s))
     assert fine < coarse / s and coarse < 0.15
+
+
+def interpolated(weight, scale, size):
+    """Each tap's share of the samples around its place, by loops over one axis after the other."""
+    for axis in (2, 3):
+        samples = [0] * size[axis - 2]
+        for tap, part in enumerate(weight.unbind(axis)):
+            place = size[axis - 2] // 2 + (tap - weight.shape[axis] // 2) * scale
+            shares = [max(0, 1 - abs(n - place) / max(scale, 1)) for n in range(len(samples))]
+            samples = [s + part * share / sum(shares) for s, share in zip(samples, shares)]
+        weight = torch.stack(samples, axis)
+    return weight
+
+
+@pytest.mark.parametrize('k,scale,size', [
+    (5, 2, (11, 11)), (5, 1, (5, 5)), (5, 4 / 3, (7, 7)), (5, 2 / 3, (5, 5)), (5, 0.5, (3, 3)), ((3, 5), 3, (11, 17)),
+    ((1, 3), 2, (3, 7))])
+def test_a_small_kernel_is_interpolated_with_its_gradients(k, scale, size):
+    conv = DepthwiseConv2d(3, k, dtype=torch.float64)
+    conv.rescale(scale, (31, 31))
+    assert tuple(conv.size) == size
+    expected = interpolated(conv.weight, scale, size)
+    assert difference(conv.render(), expected) < TOLERANCE[torch.float64]
+    assert difference(expected.sum((2, 3)), conv.weight.sum((2, 3))) < 1e-12
+    x = torch.randn(2, 3, 12, 13, dtype=torch.float64, requires_grad=True)
+    actual, expected = conv(x), conv_loop(x, expected, conv.bias, 1, [n // 2 for n in size])
+    assert difference(actual, expected) < TOLERANCE[torch.float64]
+    cotangent = torch.randn_like(expected)
+    for a, e in zip(*(torch.autograd.grad(y, [x, conv.weight], cotangent) for y in (actual, expected))):
+        assert difference(a, e) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize('k,scale,large,small', [
+    (9, 2, (17, 17), [11, 11]), (5, 2, (9, 9), [9, 9]), (9, 0.3, (3, 3), [3, 3]), (9, 1, (9, 9), [5, 5])])
+def test_both_branches_of_a_scaled_layer_merge_exactly(k, scale, large, small):
+    layer = shake_norms(RepSMPConv2d(3, k, dtype=torch.float64)).eval()
+    spread(layer.large.conv.kernel)
+    resize_kernels(layer, scale=scale)
+    assert (layer.large.conv.kernel_size, layer.small.conv.size) == (large, small)
+    x = torch.randn(2, 3, 12, 13, dtype=torch.float64)
+    parts = reparameterize_model(layer)  # each branch by itself
+    for merged in (layer.fuse(), parts, parts.fuse()):
+        assert difference(merged(x), layer(x)) < TOLERANCE[torch.float64]
 
 
 SIZES = [(7, 13), (7, 5), ((5, 9), (9, 5)), (13, 31)]
@@ -172,10 +215,12 @@ def test_the_size_survives(copied):
     assert difference(unlike, model(x)) > 0.01
 
 
-def test_features_and_a_larger_model_are_resized(images):
+def test_features_are_resized(images):
     features = small_model(features_only=True)
-    expected = resize_kernels(copy.deepcopy(features), scale=2)(images)
-    resize_kernels(nn.ModuleDict(dict(encoder=features)), kernel_sizes={9: 17, 7: 13, 5: (9, 9)})
+    expected = resize_kernels(copy.deepcopy(features), kernel_sizes={9: 17, 7: 13, 5: (9, 9)})(images)
+    for layer in features.modules():
+        if isinstance(layer, RepSMPConv2d):
+            layer.resize(2 * layer.large.conv.kernel_size[0] - 1)
     assert kernel_sizes(features) == [(17, 17), (13, 13), (13, 13), (13, 13), (9, 9)]
     assert all(map(torch.equal, features(images), expected))
 
@@ -226,7 +271,7 @@ REFUSED = [
     (dict(scale=0), 'scale must be positive and finite, got 0'),
     (dict(scale=math.nan), 'scale must be positive and finite, got nan'),
     (dict(scale=0.1), r'kernel_size must be at least 3 .*got \(1, 1\) for a kernel of \(9, 9\)'),
-    (dict(scale=0.5), r'stages.3.*kernel_size must not be smaller than the kernel beside it, \(5, 5\), got \(3, 3\)'),
+    (dict(kernel_sizes=(9, 7, 7, 3)), r'stages.3.*not be smaller than the kernel beside it, \(5, 5\), got \(3, 3\)'),
     (dict(kernel_sizes=8), r'stages.0.blocks.0.dwconv.large.conv: kernel_size must be odd and positive, got \(8, 8\)'),
     (dict(kernel_sizes=(9, 7, 7, 4)), r'stages.3.*kernel_size must be odd and positive, got \(4, 4\)'),
     (dict(kernel_sizes=(9, 7, 7)), r'kernel_sizes must be a number, .*got \(9, 7, 7\) for SMPConvNet with 4 stages'),
@@ -356,6 +401,6 @@ def test_the_scale_refers_to_the_sizes_of_the_output_stride(images):
     resize_kernels(model, scale=2)
     assert kernel_sizes(model)[-1] == (17, 17)
     with pytest.raises(ValueError, match=r'kernel beside it, \(9, 9\), got \(5, 5\)'):
-        resize_kernels(model, kernel_sizes=5)
+        resize_kernels(model, kernel_sizes={17: 5})
     merged = reparameterize_model(model)
     assert difference(merged(images), model(images)) < TOLERANCE[torch.float32]

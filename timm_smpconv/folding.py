@@ -78,7 +78,7 @@ class Convolution(NamedTuple):
 
     def build(self) -> Any:
         """The convolution as a plain module in evaluation mode; draws no random numbers."""
-        like, bias = self.like, self.bias is not None
+        like, bias, size = self.like, self.bias is not None, tuple(self.weight.shape[2:])
         channels, dtype = (like.in_channels, like.out_channels), getattr(like, 'kernel', like).weight.dtype
         dd = {'device': 'meta', 'dtype': dtype}
         conv: Any
@@ -86,12 +86,12 @@ class Convolution(NamedTuple):
             if tuple(like.dilation) != (1,):
                 raise refused(like, '', 'must have dilation 1')
             conv = MergedConv1d(
-                *channels, like.kernel_size[0], like.stride[0], like.padding[0], like.groups, bias, self.causal, **dd)
+                *channels, size[0], like.stride[0], like.padding[0], like.groups, bias, self.causal, **dd)
         elif self._is_large():
-            conv = MergedLargeConv2d(*channels, like.kernel_size, bias, **dd)
+            conv = MergedLargeConv2d(*channels, size, bias, **dd)
         else:
             conv = MergedConv2d(
-                *channels, like.kernel_size, like.stride, like.padding, like.dilation, like.groups, bias, **dd)
+                *channels, size, like.stride, like.padding, like.dilation, like.groups, bias, **dd)
         conv.weight = nn.Parameter(self.weight.detach().to(dtype))
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().to(dtype))

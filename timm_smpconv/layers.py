@@ -6,9 +6,10 @@ Shapes: B batch, C channels, H and W height and width, L length, K kernel size, 
 place and leaves the module itself unchanged. It raises `MergeError` in training mode, and for a part that it cannot
 fold exactly: one with a `forward` of its own, say.
 """
+import math
 from collections import OrderedDict
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -80,10 +81,36 @@ class CausalConv1d(nn.Conv1d):
         return conv1d(x, self.weight, self.bias, causal=True)
 
 
+@torch.fx.wrap
+def resample(weight: torch.Tensor, scale: float, size: List[int]) -> torch.Tensor:
+    """Kernels, (C, 1, K, L), for a map that is `scale` times as dense: (C, 1, *size), odd, in float32 at least.
+
+    The taps move `scale` steps apart and are interpolated linearly. Each keeps its sum over the samples, so the
+    response to a constant map stays the same.
+    """
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    rows = _hats(weight, weight.shape[2], scale, size[0])
+    columns = _hats(weight, weight.shape[3], scale, size[1])
+    weight = (rows.unsqueeze(-1) * weight.unsqueeze(2)).sum(3)  # (C, 1, size[0], L)
+    return (weight.unsqueeze(3) * columns).sum(4)
+
+
+def _hats(like: torch.Tensor, taps: int, scale: float, size: int) -> torch.Tensor:
+    """How much each of `taps` taps, `scale` steps apart, gives to each of `size` samples; (size, taps)."""
+    tap = (torch.arange(taps, device=like.device, dtype=like.dtype) - taps // 2) * scale
+    sample = torch.arange(size, device=like.device, dtype=like.dtype) - size // 2
+    hats = F.relu(1 - (sample.unsqueeze(1) - tap).abs() / max(scale, 1.))
+    return hats / hats.sum(0)
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """The depthwise `nn.Conv2d` of stride 1 that keeps the size, computed by `depthwise_conv2d`.
 
     (B, C, H, W) → (B, C, H, W).
+
+    Attributes:
+        scale: How many times as dense as in training the map is, see `resample`; 1 unless `rescale` was called.
+        size: Size of the kernel at this scale. `weight` and `kernel_size` do not change.
     """
 
     def __init__(self, channels: int, kernel_size: _int_or_pair, bias: bool = True, device=None, dtype=None):
@@ -91,9 +118,24 @@ class DepthwiseConv2d(nn.Conv2d):
         padding = (size[0] // 2, size[1] // 2)
         super().__init__(
             channels, channels, size, padding=padding, groups=channels, bias=bias, device=device, dtype=dtype)
+        self.scale = 1.
+        self.size = list(size)
+
+    def rescale(self, scale: float, largest: Tuple[int, ...]) -> None:
+        """Resample the kernel for a map that is `scale` times as dense as in training, within the size `largest`."""
+        self.scale = float(scale)
+        sizes = (2 * math.ceil(scale * (k // 2) + max(scale, 1)) - 1 for k in self.kernel_size)
+        self.size = list(map(min, sizes, largest))
+        self.padding = tuple(k // 2 for k in self.size)
+
+    def render(self) -> torch.Tensor:
+        """The weight of the convolution, (C, 1, *size)."""
+        if self.scale == 1:
+            return self.weight
+        return resample(self.weight, self.scale, self.size).to(self.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return depthwise_conv2d(x, self.weight, self.bias)
+        return depthwise_conv2d(x, self.render(), self.bias)
 
 
 class _SMPConv(CheckedLoading):
@@ -395,7 +437,7 @@ class SMPConv1d(_SMPConv):
 
 
 folding.WEIGHTS.update({
-    DepthwiseConv2d.forward: lambda conv: conv.weight,
+    DepthwiseConv2d.forward: DepthwiseConv2d.render,
     CausalConv1d.forward: lambda conv: conv.weight,
     SMPConv1d.forward: SMPConv1d.render,
     SMPConv2d.forward: SMPConv2d.render,
@@ -446,21 +488,26 @@ class RepConv(CheckedLoading):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.large(x) + self.small(x)
 
-    def check_resize(self, kernel_size: Any) -> None:
+    def check_resize(self, kernel_size: Any, small_scale: Optional[float] = None) -> None:
         """Raise the ValueError that `resize` would raise, if it would."""
         large, small = _conv_of(self.large), _conv_of(self.small)
         if not isinstance(large, _SMPConv):
             raise ValueError(f'the large branch must be an SMP convolution to be resized, got {type(large).__name__}')
         size, _ = large.check_resize(kernel_size)
-        least = dilated_size(small.kernel_size, small.dilation[0])
+        if small_scale is not None and isinstance(small, DepthwiseConv2d):
+            return
+        least = tuple(getattr(small, 'size', dilated_size(small.kernel_size, small.dilation[0])))
         if any(k < s for k, s in zip(size, least)):
             raise ValueError(f'kernel_size must not be smaller than the kernel beside it, {least}, got {size}')
 
-    def resize(self, kernel_size: Any) -> Any:
-        """Render the large kernel at another size from now on; see `SMPConv2d.resize`. The small one stays as it is.
+    def resize(self, kernel_size: Any, small_scale: Optional[float] = None) -> Any:
+        """Render the large kernel at another size from now on, see `SMPConv2d.resize`, and resample the small one.
 
         Args:
             kernel_size: See `SMPConv2d.resize`; not smaller than the small kernel, so that both merge.
+            small_scale: Interpolate the depthwise kernel beside it linearly for a map that is this many times as dense
+                as in training. Its parameters do not change. By default it stays as it is, and so do dilated kernels
+                and those over all channels.
 
         Returns:
             This module.
@@ -468,8 +515,11 @@ class RepConv(CheckedLoading):
         Raises:
             ValueError: kernel_size breaks these rules; nothing is changed.
         """
-        self.check_resize(kernel_size)
-        _conv_of(self.large).resize(kernel_size)
+        self.check_resize(kernel_size, small_scale)
+        large, small = _conv_of(self.large), _conv_of(self.small)
+        large.resize(kernel_size)
+        if small_scale is not None and isinstance(small, DepthwiseConv2d):
+            small.rescale(small_scale, large.kernel_size)
         return self
 
     @torch.no_grad()

@@ -22,20 +22,22 @@ def resize_kernels(
 ) -> _ModelT:
     """Render all SMP kernels of a model at other sizes, scaled so that they stay the same continuous convolutions.
 
-    For maps that are sampled more or less densely than in training, such as those of larger images of the same scenes.
     `SMPKernel.resize` says what stays the same. Parameters do not change, nor do the keys and shapes of the state dict:
     a checkpoint fits at every size, and does not tell the size. So resize after `create_model`, before merging or
-    compiling. The small kernels beside the large ones stay as they are.
+    compiling. The other layers still see denser maps than they were trained with: take the statistics of the BatchNorms
+    anew, as docs/kernel-size.md shows, or train on.
 
     A sequence network takes sequences that are longer or shorter in the same proportion.
 
     Args:
         model: Has `SMPConv2d` or `SMPConv1d` modules. It is changed in place.
-        scale: A kernel spans `scale` times as many steps as when it was built, to the nearest odd size: 61 instead of
-            31 for a scale of 2, so that it sees the same part of an image of twice the side. 1 brings back the sizes
-            with which the model was built.
-        kernel_sizes: Instead of `scale`: a size for all kernels, a mapping from present to new sizes, such as
-            `{31: 51, 29: 49}`, or a size for each stage of an `SMPConvNet`, as in `create_model`.
+        scale: For maps that are `scale` times as dense as in training, such as those of images of `scale` times the
+            side. Each kernel spans as many times the steps for which it was built, to the nearest odd size: 61 instead
+            of 31 for a scale of 2. The small kernels of `RepSMPConv2d` are interpolated linearly; dilated ones and
+            those over all channels stay as they are. 1 brings back the kernels with which the model was built.
+        kernel_sizes: Instead of `scale`, for larger or smaller kernels on the same maps: a size for all, a mapping from
+            present to new sizes, such as `{31: 51, 29: 49}`, or a size for each stage of an `SMPConvNet`, as in
+            `create_model`. Small kernels stay as they are.
 
     Returns:
         The model.
@@ -73,16 +75,20 @@ def resize_kernels(
     stems = [module for module in modules.values() if isinstance(module, SequenceStem)]
     if any(stem.permutation is not None for stem in stems):
         raise ValueError('model must not permute its samples, since a kernel means nothing between them')
+    layers: Dict[str, Any] = {}
+    options: Dict[str, Any] = {}
     for name, conv in convs.items():
-        layer = modules.get(name.removesuffix('large.conv').removesuffix('.'))
+        parent = modules.get(name.removesuffix('large.conv').removesuffix('.'))
+        is_branch = isinstance(parent, RepConv)
+        layers[name], options[name] = (parent, dict(small_scale=scale)) if is_branch else (conv, {})
         try:
-            (layer if isinstance(layer, RepConv) else conv).check_resize(sizes[name])
+            layers[name].check_resize(sizes[name], **options[name])
         except ValueError as error:
             raise ValueError(f'{name or type(conv).__name__}: {error}') from None
     for stem in stems:
         stem.seq_len = _sequence_length(stem.seq_len, convs, sizes)
-    for name, conv in convs.items():
-        conv.resize(sizes[name])
+    for name, layer in layers.items():
+        layer.resize(sizes[name], **options[name])
     return model
 
 
