@@ -283,6 +283,13 @@ def test_picture_shows_what_is_rendered(channels, groups, channel, entry):
     assert torch.equal(picture.points.weight, kernel.weight[entry].detach())
 
 
+def test_picture_of_a_resized_kernel_shows_what_is_rendered():
+    kernel = SMPKernel(2, (9, 9), 5)
+    kernel.resize((17, 17))
+    expected = kernel_loop(kernel.coords, kernel.radius, kernel.weight, (17, 17))[0, 1] / 4  # a quarter of the area
+    assert difference(picture_of(kernel, 1).kernel, expected) < TOLERANCE[torch.float32]
+
+
 def test_pictures_do_not_follow_the_training():
     kernel = SMPKernel(1, (9, 9), 5)
     picture = picture_of(kernel)

@@ -266,6 +266,31 @@ def test_a_sequence_network_takes_sequences_of_another_rate():
     assert torch.equal(logits(41), before)
 
 
+def test_a_resized_sequence_network_loads_after_merging():
+    args = dict(in_chans=1, num_classes=4, depth=1, dim=6)
+    net = timm.create_model('smpconv_tcn_ct', seq_len=50, kernel_size=41, **args).eval()
+    resize_kernels(net, scale=0.15)
+    assert (net.seq_len, net.kernel_length) == (8, 41)  # 49 * 6 / 40 = 7.35 steps
+    resize_kernels(net, scale=1)
+    assert net.seq_len == net.stem.seq_len == 50
+    resize_kernels(net, scale=3)
+    assert net.seq_len == 148
+    merged, x = reparameterize_model(net), torch.randn(2, 1, 148)
+    rebuilt = timm.create_model('smpconv_tcn_ct', seq_len=148, kernel_size=121, inference_mode=True, **args).eval()
+    rebuilt.load_state_dict(merged.state_dict())
+    assert torch.equal(rebuilt(x), merged(x))
+    assert merged.kernel_length == 121 and net.kernel_length == 41
+    again = timm.create_model('smpconv_tcn_ct', seq_len=50, kernel_size=41, **args)
+    again.load_state_dict(net.state_dict())
+
+
+def test_each_sequence_network_is_resized_by_its_own_kernels():
+    nets = nn.ModuleList(
+        timm.create_model('smpconv_tcn_ct', depth=1, dim=6, seq_len=seq_len) for seq_len in (41, 81))
+    resize_kernels(nets, kernel_sizes={41: 61, 81: 41})
+    assert [net.seq_len for net in nets] == [61, 41]
+
+
 REFUSED = [
     (dict(), 'takes either scale or kernel_sizes, got scale=None'),
     (dict(scale=2, kernel_sizes=9), 'takes either scale or kernel_sizes, got scale=2 and kernel_sizes=9'),
@@ -274,6 +299,8 @@ REFUSED = [
     (dict(scale=0.1), r'kernel_size must be at least 3 .*got \(1, 1\) for a kernel of \(9, 9\)'),
     (dict(kernel_sizes=(9, 7, 7, 3)), r'stages.3.*not be smaller than the kernel beside it, \(5, 5\), got \(3, 3\)'),
     (dict(kernel_sizes=8), r'stages.0.blocks.0.dwconv.large.conv: kernel_size must be odd and positive, got \(8, 8\)'),
+    (dict(kernel_sizes=(11, 9.0, 7, 5)), r'stages.1.*kernel_size must be one or two integers, got 9.0'),
+    (dict(kernel_sizes=(11, None, 7, 5)), r'stages.1.*kernel_size must be one or two integers, got None'),
     (dict(kernel_sizes=(9, 7, 7, 4)), r'stages.3.*kernel_size must be odd and positive, got \(4, 4\)'),
     (dict(kernel_sizes=(9, 7, 7)), r'kernel_sizes must be a number, .*got \(9, 7, 7\) for SMPConvNet with 4 stages'),
     (dict(kernel_sizes={31: 51}), r'kernel_sizes must map sizes that the model has, .*got 31'),
@@ -318,6 +345,19 @@ def test_a_layer_that_refuses_a_size_is_unchanged(make, size, message):
     for name, m in layer.named_modules():
         assert {k: v for k, v in vars(m).items() if not k.startswith('_')} == {
             k: v for k, v in before[name].items() if not k.startswith('_')}
+
+
+@pytest.mark.parametrize('size,scale,message', [
+    (5, 3., r'kernel_size must hold the kernel beside it, \(5, 5\), at small_scale = 3.0, got \(5, 5\)'),
+    (9, 0., 'small_scale must be positive and finite, got 0.0'),
+    (9, math.nan, 'small_scale must be positive and finite, got nan'),
+])
+def test_a_small_scale_that_would_lose_taps_is_refused(size, scale, message):
+    layer = RepSMPConv2d(4, 9)
+    with pytest.raises(ValueError, match=message):
+        layer.resize(size, small_scale=scale)
+    assert kernel_sizes(layer) == [(9, 9)] and layer.small.conv.scale == 1
+    assert layer.resize(7, small_scale=2.).small.conv.render().isfinite().all()
 
 
 def dilated(weight, d):
@@ -402,6 +442,6 @@ def test_the_scale_refers_to_the_sizes_of_the_output_stride(images):
     resize_kernels(model, scale=2)
     assert kernel_sizes(model)[-1] == (17, 17)
     with pytest.raises(ValueError, match=r'kernel beside it, \(9, 9\), got \(5, 5\)'):
-        resize_kernels(model, kernel_sizes={17: 5})
+        resize_kernels(model, kernel_sizes=(17, 13, 13, 5))
     merged = reparameterize_model(model)
     assert difference(merged(images), model(images)) < TOLERANCE[torch.float32]

@@ -7,6 +7,7 @@ place and leaves the module itself unchanged. It raises `MergeError` in training
 fold exactly: one with a `forward` of its own, say.
 """
 import math
+import operator
 from collections import OrderedDict
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Union
@@ -494,7 +495,14 @@ class RepConv(CheckedLoading):
         if not isinstance(large, _SMPConv):
             raise ValueError(f'the large branch must be an SMP convolution to be resized, got {type(large).__name__}')
         size, _ = large.check_resize(kernel_size)
+        if small_scale is not None and not 0 < small_scale < math.inf:
+            raise ValueError(f'small_scale must be positive and finite, got {small_scale}')
         if small_scale is not None and isinstance(small, DepthwiseConv2d):
+            reach = max(small_scale, 1)
+            if any(small_scale * (s // 2) >= k // 2 + reach for k, s in zip(size, small.kernel_size)):
+                raise ValueError(
+                    f'kernel_size must hold the kernel beside it, {small.kernel_size}, at small_scale = {small_scale}, '
+                    f'got {size}')
             return
         least = tuple(getattr(small, 'size', dilated_size(small.kernel_size, small.dilation[0])))
         if any(k < s for k, s in zip(size, least)):
@@ -704,7 +712,10 @@ def dilated_size(size: Tuple[int, ...], dilation: int) -> Tuple[int, ...]:
 
 
 def _check_odd(name: str, size: _int_or_pair) -> Tuple[int, int]:
-    pair: Tuple[int, ...] = tuple(to_2tuple(size))
+    try:
+        pair: Tuple[int, ...] = tuple(map(operator.index, to_2tuple(size)))
+    except TypeError:
+        raise ValueError(f'{name} must be one or two integers, got {size!r}') from None
     if len(pair) != 2 or any(k < 1 or k % 2 == 0 for k in pair):
         raise ValueError(f'{name} must be odd and positive, got {pair}')
     return pair[0], pair[1]

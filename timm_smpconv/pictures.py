@@ -76,7 +76,7 @@ def picture_of(kernel: SMPKernel, channel: int = 0, points: Optional[Points] = N
     points = points or points_of(kernel, channel)
     coords, radius, weight = points
     rendered = render_kernel(coords[None], radius[None], weight[None, None], kernel.size, kernel.average)
-    return Picture(rendered[0, 0], points)
+    return Picture(kernel.scale * rendered[0, 0], points)
 
 
 def find_kernels(

@@ -72,8 +72,8 @@ def resize_kernels(
     else:
         sizes = dict.fromkeys(convs, kernel_sizes)
 
-    stems = [module for module in modules.values() if isinstance(module, SequenceStem)]
-    if any(stem.permutation is not None for stem in stems):
+    stems = {name: module for name, module in modules.items() if isinstance(module, SequenceStem)}
+    if any(stem.permutation is not None for stem in stems.values()):
         raise ValueError('model must not permute its samples, since a kernel means nothing between them')
     layers: Dict[str, Any] = {}
     options: Dict[str, Any] = {}
@@ -85,8 +85,10 @@ def resize_kernels(
             layers[name].check_resize(sizes[name], **options[name])
         except ValueError as error:
             raise ValueError(f'{name or type(conv).__name__}: {error}') from None
-    for stem in stems:
-        stem.seq_len = _sequence_length(stem.seq_len, convs, sizes)
+    for name, stem in stems.items():
+        network = name.removesuffix('stem')
+        of_network = next(c for c, m in convs.items() if c.startswith(network) and isinstance(m, SMPConv1d))
+        stem.resize(convs[of_network].check_resize(sizes[of_network])[0][0])
     for name, layer in layers.items():
         layer.resize(sizes[name], **options[name])
     return model
@@ -124,10 +126,3 @@ def _by_stage(convs: _Convs, model: Any, sizes: Sequence[Any]) -> Dict[str, Any]
             f'{type(model).__name__} with {len(stages)} stages')
     of_stage = {module: size for stage, size in zip(stages, sizes) for module in stage.modules()}
     return {name: of_stage.get(conv, conv.kernel_size) for name, conv in convs.items()}
-
-
-def _sequence_length(length: int, convs: _Convs, sizes: Dict[str, Any]) -> int:
-    """How many samples span as many times a kernel's length after resizing as `length` samples do now."""
-    name, conv = next((name, conv) for name, conv in convs.items() if isinstance(conv, SMPConv1d))
-    (k,), ((new,), _) = conv.kernel_size, conv.check_resize(sizes[name])
-    return round((length - 1) * (new - 1) / (k - 1)) + 1

@@ -56,7 +56,8 @@ class SequenceStem(Stem):
     """The check of the network's input, its permutation, and dropout; (B, in_chans, L or H, W) → (B, in_chans, L).
 
     Attributes:
-        kernel_length: The length of the kernels, in the state dict: the shapes of points do not tell it.
+        kernel_length: The length with which the kernels were built, in a merged network that of the kernels; in the
+            state dict: the shapes of points do not tell it.
         permutation: (seq_len,), None if nothing is permuted: sample n of the result is sample `permutation[n]` of the
             input.
     """
@@ -77,6 +78,8 @@ class SequenceStem(Stem):
         self.seq_len = seq_len
         self.merged = merged
         self.length = kernel_length
+        self.built_seq_len = seq_len
+        self.rendered_length = kernel_length
         self.register_buffer('kernel_length', torch.empty([], dtype=torch.long, device=device))
         permutation = torch.empty(seq_len, dtype=torch.long, device=device) if permuted else None
         self.register_buffer('permutation', permutation)
@@ -97,6 +100,23 @@ class SequenceStem(Stem):
         """Set the buffers, after `to_empty()` for one."""
         for name, value in self.initial_buffers().items():
             getattr(self, name).copy_(value)
+
+    def resize(self, kernel_length: int) -> None:
+        """Take sequences that are as many times as long as when the network was built as its kernels are from now on.
+
+        Args:
+            kernel_length: That at which the kernels are rendered.
+        """
+        self.rendered_length = kernel_length
+        self.seq_len = round((self.built_seq_len - 1) * (kernel_length - 1) / (self.length - 1)) + 1
+
+    def fuse(self) -> Stem:
+        """The stem of a network with merged kernels, whose length is the one at which they were rendered."""
+        merged: Any = super().fuse()
+        if merged is not self:
+            merged.length = self.rendered_length
+            merged.kernel_length.fill_(self.rendered_length)
+        return merged
 
     @torch.jit.ignore
     def check_entry(self, name: str, key: str, value: torch.Tensor) -> None:
@@ -233,8 +253,6 @@ class SMPTCN(SMPNet):
                 raise ValueError(f'{name} must be at least 0 and below 1, got {rate}')
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.seq_len = seq_len
-        self.kernel_length = length
         self.drop_rate = drop_rate
         self.num_features = dim
 
@@ -257,6 +275,16 @@ class SMPTCN(SMPNet):
             dim, num_classes, global_pool, select_pool=SelectSequencePool,
             init_weight=partial(nn.init.normal_, std=0.01), **dd)
         self.head_hidden_size = self.head.num_features
+
+    @property
+    def seq_len(self) -> int:
+        """The longest sequence; `resize_kernels` changes it."""
+        return self.stem.seq_len
+
+    @property
+    def kernel_length(self) -> int:
+        """Length of the kernels that a checkpoint of this network has."""
+        return self.stem.length
 
     @torch.jit.ignore
     def authors_buffers(self) -> Dict[str, torch.Tensor]:
