@@ -402,6 +402,6 @@ def test_the_scale_refers_to_the_sizes_of_the_output_stride(images):
     resize_kernels(model, scale=2)
     assert kernel_sizes(model)[-1] == (17, 17)
     with pytest.raises(ValueError, match=r'kernel beside it, \(9, 9\), got \(5, 5\)'):
-        resize_kernels(model, kernel_sizes={17: 5})
+        resize_kernels(model, kernel_sizes=(17, 13, 13, 5))
     merged = reparameterize_model(model)
     assert difference(merged(images), model(images)) < TOLERANCE[torch.float32]
