@@ -82,6 +82,16 @@ def test_field_is_a_mean_over_images_of_absolute_gradients():
         assert receptive_field(square, batches)[1, 1] == 4
 
 
+def test_field_of_images_made_in_inference_mode():
+    conv, image = nn.Conv2d(1, 2, 3, padding=1), torch.randn(1, 1, 7, 7)
+    nn.init.constant_(conv.bias, 10.)  # all features are on
+    expected = receptive_field(conv, [image])
+    with torch.inference_mode():
+        images = [image.clone()]
+        assert torch.equal(receptive_field(conv, images), expected)
+    assert torch.equal(receptive_field(conv, images), expected)
+
+
 def test_field_ignores_features_that_are_off():
     """As RepLKNet's figures do, by a ReLU: of the channels x and -x only one counts."""
     both = conv(torch.tensor([1., -3.]).reshape(2, 1, 1, 1))
@@ -414,6 +424,16 @@ def test_images_are_found_and_read(tmp_path):
 
 
 # Checkpoints
+
+
+def test_folders_are_no_images_and_large_ones_are_refused(tmp_path, monkeypatch):
+    (tmp_path / 'a.png').mkdir()
+    Image.new('L', (20, 20)).save(tmp_path / 'b.png')
+    files = find_images(tmp_path)
+    assert [p.name for p in files] == ['b.png']
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # an error from twice as many on
+    with pytest.raises(ValueError, match='images must be files that Pillow reads, got .*b.png: Image size'):
+        list(read_images(files, small_model(), 64))
 
 
 @pytest.mark.parametrize('name,kwargs', [

@@ -66,13 +66,14 @@ def receptive_field(model: nn.Module, images: Iterable[torch.Tensor]) -> torch.T
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     total = torch.zeros(0, 0, dtype=torch.float64)
     count = 0
-    with _frozen(model), torch.enable_grad():
+    with _frozen(model), torch.inference_mode(False), torch.enable_grad():
         for batch in images:
             if batch.ndim != 4 or (count and batch.shape[2:] != total.shape):
                 raise ValueError(
                     'images must be batches (B, C, H, W) of one size, '
                     f'got {tuple(batch.shape)}{f" after {tuple(total.shape)}" if count else ""}')
-            x = batch.detach().to(device).requires_grad_()
+            x = batch.detach().to(device)
+            x = (x.clone() if x.is_inference() else x).requires_grad_()
             (gradient,) = torch.autograd.grad(F.relu(_centre(model, features(x))).sum(), x)
             field = gradient.abs().sum((0, 1)).cpu().double()  # (H, W)
             total = total + field if count else field
@@ -200,7 +201,8 @@ def find_images(folder: Path, count: Optional[int] = None) -> List[Path]:
         raise ValueError(f'images must be in a folder, got {folder}')
     suffixes = get_img_extensions(as_set=True)
     found = sorted(
-        p for p in folder.rglob('*') if p.suffix.lower() in suffixes and not p.name.startswith('.') and not p.is_dir())
+        p for p in folder.rglob('*')
+        if p.suffix.lower() in suffixes and not p.name.startswith('.') and not p.is_dir())
     if not found:
         raise ValueError(f'images must be in a folder with files *.png, *.jpg or *.jpeg in it or below, got {folder}')
     count = min(count or len(found), len(found))
