@@ -430,7 +430,7 @@ def test_folders_are_no_images_and_large_ones_are_refused(tmp_path, monkeypatch)
     files = find_images(tmp_path)
     assert [p.name for p in files] == ['b.png']
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # an error from twice as many on
-    with pytest.raises(ValueError, match='images must be files that Pillow reads, got .*b.png: Image size'):
+    with pytest.raises(ValueError, match=r'images must be files that Pillow reads, got .*b.png: Image size'):
         list(read_images(files, small_model(), 64))
 
 

@@ -117,6 +117,14 @@ def test_fewer_points_are_a_least_squares_fit_that_the_descent_betters(old, new,
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_resizing_keeps_the_response_of_a_replaced_kernel_within_a_third():
+    model = nn.Sequential(depthwise(bias=False, dtype=torch.float64))
+    nn.init.ones_(model[0].weight)
+    replace_depthwise(model)
+    found = [model[0].resize(k).render()[0].sum().item() / 49 for k in (7, 11, 13)]
+    assert abs(found[0] - 1) < 1e-6 and 0.65 < min(found[1:]) and max(found[1:]) < 0.7  # docs/replace.md tells it
+
+
 def test_more_points_fit_better():
     model = nn.Sequential(depthwise(channels=16))
     errors = []
@@ -337,6 +345,7 @@ def test_the_outputs_are_compared_in_evaluation_mode():
     assert logits > 0.01 and math.isclose(logits, ((after - before).norm() / before.norm()).item(), rel_tol=1e-4)
     assert replace_depthwise(Boxes(), images=x).logits is None
     assert replace_depthwise(Net()).logits is None
+    assert math.isnan(replace_depthwise(Outputs(), images=math.nan * x).logits)
     net = Net()  # in training mode, with dropout
     assert replace_depthwise(net, images=x).logits < 1e-5
 
