@@ -105,10 +105,7 @@ def by_onnxruntime(merged: torch.nn.Module, file: Path, calibration: torch.Tenso
 
 
 def by_torchao(merged: torch.nn.Module, file: Path, calibration: torch.Tensor) -> Dict[str, Network]:
-    """PT2E for x86, compiled with freezing. Large depthwise kernels stay in float32: strict export keeps our operator.
-
-    The int8 file holds the float32 weights as well.
-    """
+    """PT2E for x86, compiled with freezing. The int8 file holds the float32 weights as well."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
         X86InductorQuantizer,

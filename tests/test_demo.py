@@ -73,7 +73,7 @@ def test_demo_learns_merges_and_writes(tmp_path, capfd):
     with Image.open(tmp_path / 'out' / 'kernels.png') as picture:
         assert picture.size[0] > 500 and len(picture.convert('L').getcolors()) > 50
     with Image.open(tmp_path / 'out' / 'points.gif') as picture:
-        assert picture.n_frames == 60 and (tmp_path / 'out' / 'points.gif').stat().st_size < 500_000
+        assert picture.n_frames == 44 and (tmp_path / 'out' / 'points.gif').stat().st_size < 600_000
     assert '396/396' in err and 'epoch 9/9' in err  # 1,437 images in whole batches of 32
     relative = float(out.split(' relative)')[0].split('(')[-1])
     assert relative < 1e-5
@@ -235,16 +235,16 @@ def test_motion_follows_the_points():
     """
     model = torch.nn.Module()
     model.near, model.far = SMPKernel(2, (21, 21), 3), SMPKernel(2, (41,), 3)
-    motion = demo._Motion(model, 590)
+    motion = demo._Motion(model, 430)
     start = model.far.coords[0].clone()
     with torch.no_grad():
-        for update in range(1, 591):
+        for update in range(1, 431):
             model.far.coords += 1e-3
             model.near.coords += 1.5e-3
             motion.see(update)
     frames = motion.frames()
-    assert len(frames) == 60 and [title for title, _ in frames[:2]] == [
-        'far, channel 0\nupdate 0 of 590', 'far, channel 0\nupdate 10 of 590']
+    assert len(frames) == 44 and [title for title, _ in frames[:2]] == [
+        'far, channel 0\nupdate 0 of 430', 'far, channel 0\nupdate 10 of 430']
     for i, (_, picture) in enumerate(frames):
         assert torch.allclose(picture.points.coords, start + i * 1e-2, atol=1e-5)
     assert difference(frames[-1][1].kernel, model.far()[0, 0]) < TOLERANCE[torch.float32]

@@ -29,7 +29,6 @@ import yaml
 from conftest import MODELS, difference, shake_norms, wake_weights
 from huggingface_hub import HfApi, constants
 from reference import authors_state_dict
-from test_tools import without_classes
 from test_weights import unpublished
 from timm.data import create_transform, resolve_model_data_config
 from torch.distributed.run import get_args_parser
@@ -75,12 +74,12 @@ def checkpoint(run):
     return state_dict
 
 
-def test_readme(run, checkpoint):
+def test_readme(run):
     *_, names = run('README.md')
     with torch.no_grad():
         assert difference(names['logits'], names['model'](names['image'])) < 1e-5
-        assert difference(names['again'].eval()(names['image']), names['logits']) < 1e-5
-    assert torch.equal(names['theirs'].head.fc.weight, checkpoint['head.weight'])
+    assert names['large'].stages[0].blocks[0].dwconv.large.conv.kernel_size == (61, 61)
+    assert names['convnext'].stages[0].blocks[0].conv_dw.kernel_size == (31, 31)
 
 
 def test_training(run):
@@ -104,6 +103,14 @@ def test_replace(run):
     assert sizes == [(31, 31)] * 2 + [(13, 13)] * 2 + [(7, 7)] * 8
     *_, names = pages
     assert isinstance(names['optimizer'], timm_smpconv.SMPAdamW)
+
+
+def test_kernel_size(run, capsys):
+    *_, names = run('docs/kernel-size.md')
+    image = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        assert difference(names['again'](image), names['merged'](image)) < 1e-5
+    assert capsys.readouterr().out == '[(64, 64), (32, 32), (16, 16), (16, 16)]\n'  # as the page says
 
 
 def test_sequences(run):
@@ -154,6 +161,7 @@ def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings('ignore:Setting (forward, )?backward hooks')  # captum, of what it does
 def test_deployment(run, tmp_path, monkeypatch):
     create = timm.create_model
 
@@ -162,17 +170,25 @@ def test_deployment(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(timm, 'create_model', awake)
     engines = quantized = 0
-    with torch._inductor.config.patch(freezing=False), torch.no_grad():  # puts back what the page sets
+    with torch._inductor.config.patch(freezing=False):  # puts back what the page sets
         for names in run('docs/deployment.md'):
-            if 'logits' in names:  # eager, prepacked, compiled, OpenVINO, ONNX Runtime
+            if 'plain_logits' in names:
+                assert difference(names.pop('plain_logits'), names['model'](names['image'])) < 1e-4
+            if 'logits' in names:  # AOTInductor, eager, prepacked, compiled, OpenVINO, ONNX Runtime
                 assert difference(names.pop('logits'), names['model'](names['image'])) < 1e-4
                 engines += 1
-            if 'int8_logits' in names:  # OpenVINO, ONNX Runtime
+            if 'int8_logits' in names:  # OpenVINO, ONNX Runtime, torchao
                 assert difference(names.pop('int8_logits'), names['model'](names['image'])) < 0.1
                 quantized += 1
-        assert (engines, quantized) == (5, 2)
+        assert (engines, quantized) == (6, 3)
         image = torch.randn(1, 3, 64, 64)
         assert difference(names['again'].eval()(image), names['model'](image)) < 1e-5
+    for name in ('deep_lift', 'guided'):
+        assert names[name].isfinite().all() and names[name].any(), name
+    assert names['relevance'].shape == names['pixels'].shape  # with random weights it overflows; tests/test_plain.py
+    assert round(names['macs'] / 1e9, 3) == 5.668  # as the page says
+    for name in ('found', 'by_module', 'by_operator'):
+        assert 1 < names[name] / names['macs'] < 1.1, name
     assert (tmp_path / 'smpconv_tiny.onnx').exists()
     parameters = sum(p.numel() for p in names['merged'].parameters())
     for file in ('smpconv_tiny_int8.bin', 'smpconv_tiny_int8.onnx'):  # every weight in a byte, depthwise ones, too
@@ -190,8 +206,6 @@ def test_tools(run, tmp_path, monkeypatch):
     torch.save({'model': authors_state_dict('smpconv_mobile31', num_classes=10)}, 'digits.pth')
     (command,) = (args for args in commands('docs/tools.md') if args[:2] == ['python', 'weights/convert.py'])
     assert convert.main(command[2:]) == 0
-    for folder in ('smpconv_mobile31.digits', 'smpconv_mobile31.digits-merged'):
-        without_classes(tmp_path / folder)
     network = timm.create_model('local-dir:smpconv_mobile31.digits', pretrained=True).eval()
     for names in run('docs/tools.md'):
         if 'logits' in names:
@@ -207,6 +221,7 @@ def test_tools(run, tmp_path, monkeypatch):
             assert difference(actual, expected) < 1e-4
             assert difference(restored, expected) < 1e-4
         assert difference(names['merged_unet'](images), names['unet'](images)) < 1e-4
+        assert names['deeplab'].eval()(images).shape == (2, 3, 64, 64)
         for level, expected in names['retinanet'].backbone(images).items():
             assert difference(names['merged_retinanet'].backbone(images)[level], expected) < 1e-4
         assert len(names['faster_rcnn'].eval()(list(images.sigmoid()))) == 2
@@ -222,11 +237,24 @@ def full(weight):
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def test_pictures(run, tmp_path):
+    *_, names = run('docs/pictures.md')
+    assert names['field'].shape == (96, 96) and names['table'].count('smpconv_mobile31') == 1
+    assert (tmp_path / 'receptive-field.pdf').stat().st_size > 5_000
+
+
 def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
-        'docs/deployment.md', 'docs/replace.md', 'docs/tools.md'}
+        'docs/deployment.md', 'docs/kernel-size.md', 'docs/pictures.md', 'docs/replace.md',
+        'docs/tools.md'}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_blocks_that_need_packages_of_no_extra_are_python(page):
+    for block in blocks(page, 'py'):
+        compile(block, page, 'exec')
 
 
 def commands(page):
@@ -283,7 +311,8 @@ def help_of(program, arguments):
         mock.patch.object(sys, 'argv', [program, '--help']), mock.patch.object(sys, 'path', [str(ROOT), *sys.path]),
     ):
         if program == 'timm-smpconv':
-            main([*(word for word in arguments[:1] if not word.startswith('-')), '--help'])
+            depth = 2 if arguments[:1] == ['picture'] else 1  # of subcommands
+            main([*(word for word in arguments[:depth] if not word.startswith('-')), '--help'])
         elif program.startswith('weights/'):
             {'weights/convert.py': convert, 'weights/publish.py': publish}[program].main(['--help'])
         else:

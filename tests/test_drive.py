@@ -155,6 +155,39 @@ def test_the_list_and_removal(drive, cache, run):
     assert again.status == 1 and 'NAME must be that of weights in the cache' in again.err
 
 
+@pytest.mark.parametrize('other', [f'{NAME}/notes.txt', NAME, f'{NAME}/folder/README.md'])
+def test_other_files_in_the_place(drive, cache, run, other):
+    """Nothing is downloaded in vain, and nobody's files are deleted."""
+    (cache / other).parent.mkdir(parents=True)
+    (cache / other).write_text('mine')
+    failed = run(MODEL)
+    assert failed.status == 1 and f'{cache / NAME} must not exist, be empty, or hold converted weights' in failed.err
+    assert not drive.requests
+    failed = run('--remove', MODEL)
+    assert failed.status == 1 and f'{cache / NAME} must hold nothing but README.md, config.json' in failed.err
+    assert files(cache) == {other: b'mine'}
+
+
+@pytest.mark.parametrize('left', [1, 2])
+def test_an_interrupt_of_the_removal(checkpoint, cache, run, left, monkeypatch):
+    """What is left is replaced the next time."""
+    assert run(MODEL, '--file', checkpoint[1]).status == 0
+    unlink, unlinked = Path.unlink, []
+
+    def interrupted(path, *args, **kwargs):
+        if len(unlinked) == 3 - left:
+            raise KeyboardInterrupt
+        unlinked.append(path)
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'unlink', interrupted)
+        assert run('--remove', MODEL).status == 130
+    assert len(files(cache)) == left
+    assert run(MODEL, '--file', checkpoint[1]).status == 0 and len(files(cache)) == 3
+    assert run('--remove', MODEL).status == 0 and not files(cache)
+
+
 def test_what_pretrained_says_before(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, 'BUILT_IN', dict.fromkeys(pretrained.BUILT_IN))
     monkeypatch.setattr(pretrained, 'hf_hub_download', refuse)
@@ -259,9 +292,10 @@ def test_a_file_that_is_not_the_authors(drive, checkpoint, cache, run, what, mes
     if what == 'another network':
         torch.save({'model': reference_smp.authors_state_dict('smpconv_resnet_cifar10')}, tmp_path / 'other.pt')
         data = (tmp_path / 'other.pt').read_bytes()
-    drive.files[id_of(NAME)].data = b'<html>' if what == 'text' else bytes(data)
+    drive.files[id_of(NAME)].data = b'<!DOCTYPE html>' if what == 'text' else bytes(data)
     failed = run(MODEL)
     assert failed.status == 1 and message in failed.err and 'the downloaded file was deleted' in failed.err
+    assert 'arbitrary code' not in failed.err  # torch.load advises to run it
     assert len(failed.err.splitlines()) == 1 and not files(cache)
 
 
@@ -329,6 +363,24 @@ def test_a_cache_that_cannot_be_written(drive, cache, run):
     failed = run(MODEL)
     assert failed.status == 1 and str(cache) in failed.err and len(failed.err.splitlines()) == 1
     assert cache.read_text() == 'a file'
+
+
+def test_a_cache_that_is_only_read(checkpoint, cache, run, monkeypatch):
+    """Weights that are there need no lock; that of another user's cache is no reason not to import the package."""
+    assert run(MODEL, '--file', checkpoint[1]).status == 0
+    (cache / f'{NAME}.lock').unlink()
+    (cache / f'{NAME}.lock').mkdir()  # no file can be written there
+    done = run(MODEL)
+    assert done.status == 0 and 'is there already' in done.out
+    (cache / NAME / 'README.md').unlink()
+    failed = run(MODEL, '--file', checkpoint[1])
+    assert failed.status == 1 and f'the cache must be a folder that can be written, got {cache}: ' in failed.err
+
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+    monkeypatch.setattr(Path, 'is_file', forbidden)
+    assert pretrained.hub_id(NAME) is None
 
 
 def test_an_interrupt_of_the_download(drive, checkpoint, cache, run):

@@ -12,6 +12,7 @@ from conftest import TOLERANCE, difference, shake_norms, small_model, wake_weigh
 from timm.utils import reparameterize_model
 
 from timm_smpconv import depthwise_conv2d
+from timm_smpconv.ops import dense
 
 BATCH = torch.export.Dim('batch', min=1, max=64)
 
@@ -54,9 +55,11 @@ IN_DEFAULT_RUN = (
 
 @pytest.mark.parametrize('family,which,strict,grad,training', [
     pytest.param(*mode, marks=() if mode in IN_DEFAULT_RUN else pytest.mark.slow) for mode in MODES])
-def test_torch_export_holds_standard_operators_in_every_mode(family, which, strict, grad, training, fastest):
+def test_torch_export_holds_standard_operators_in_every_mode(
+        family, which, strict, grad, training, fastest, monkeypatch):
     """ExecuTorch, among others, knows no operator of this package; strict export goes through the compiler."""
-    fastest('fft')  # where a choice is made, it is the operator
+    fastest('fft')  # where there is a choice, it is the operator
+    monkeypatch.setattr(dense, 'prefers_transform', lambda *args: True)
     make, shape = FAMILIES[family]
     model = make().eval()
     if which == 'merged':

@@ -320,6 +320,8 @@ def test_kernels_of_a_network_and_of_the_merged_one():
     picture = merged['stages.2.blocks.2.dwconv, channel 3']
     assert torch.equal(picture.kernel, expected[3, 0]) and picture.points is None
     assert not draw_kernels({'merged': picture}).axes[0].collections
+    backbone = reparameterize_model(small_model(features_only=True))
+    assert len(find_kernels(backbone, stages=[1, 2], channels=[0])) == 3
 
 
 @pytest.mark.parametrize('name,kwargs', [
@@ -375,16 +377,15 @@ def test_motion(size, tmp_path):
             file.seek(i)
             assert file.info['duration'] == (2000 if i == 3 else 80)
             off = (torch.tensor(list(file.convert('RGB').tobytes())) - torch.tensor(list(image.tobytes()))).abs()
-            assert off.float().mean() < 6  # of 255: 96 colours
+            assert off.float().mean() < 6  # of 255: 64 colours
 
 
 def test_colours_of_motion_are_relative_to_the_largest_of_all_frames():
-    small, large = one_point([0., 0.], (9, 9)), one_point([0., 0.], (9, 9))
-    small = Picture(small.kernel / 4, small.points)
-    middle = [image.crop((195, 220, 206, 226)) for image in draw_motion([('', small), ('', large)])]
-    assert middle[0].size == middle[1].size  # the point itself covers the middle
-    axes = [image.getpixel((200, 235)) for image in draw_motion([('', small), ('', large)])]
-    assert axes[0][2] > axes[1][2]  # paler red
+    """Beside the point, which has the same weight in both frames."""
+    large = one_point([0., 0.], (9, 9))
+    small = Picture(large.kernel / 4, large.points)
+    pale, strong = (image.getpixel((240, 207)) for image in draw_motion([('', small), ('', large)]))
+    assert pale[0] > strong[0] > pale[2] - 150 and pale[2] > strong[2] + 50  # both red
 
 
 # Files
@@ -410,6 +411,7 @@ def test_images_are_found_and_read(tmp_path):
         Image.new('RGB', (40 + i, 90 - i), (255, 0, 0)).save(tmp_path / str(i % 2) / f'{i}.png')
     (tmp_path / 'notes.txt').touch()
     (tmp_path / '.hidden.png').touch()
+    (tmp_path / 'folder.png').mkdir()
     assert [p.name for p in find_images(tmp_path, 3)] == ['0.png', '6.png', '3.png']
     files = find_images(tmp_path)
     assert len(files) == 9 and len(find_images(tmp_path, 100)) == 9
@@ -435,7 +437,6 @@ def test_folders_are_no_images_and_large_ones_are_refused(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize('name,kwargs', [
-    ('smpconv_mobile31', dict(num_classes=7, in_chans=1)),
     ('smpconv_mobile31', dict(num_classes=0, in_chans=2)),
     ('smpconv_mobile31', dict(num_classes=7, inference_mode=True)),
     ('smpconv_tcn_pmnist', dict(num_classes=4, seq_len=50)),
@@ -544,6 +545,8 @@ FIELD = ['receptive-field', 'smpconv_tiny', '--images', 'images', '--image-size'
     ([*FIELD[:3], 'empty', '--image-size', '32'], 2, 'files *.png, *.jpg or *.jpeg in it or below, got empty'),
     ([*FIELD[:3], 'none', '--image-size', '32'], 2, 'images must be in a folder, got none'),
     ([*FIELD[:3], 'broken'], 2, f'images must be files that Pillow reads, got {Path("broken/a.png")}'),
+    ([*FIELD[:3], 'a' * 300], 2, 'receptive-field: '),  # which `stat` refuses: --images, not --out
+    ([*FIELD[:3], 'large'], 2, f'images must be files that Pillow reads, got {Path("large/a.png")}: Image size (4000'),
     ([*FIELD, '--checkpoint', 'a', 'b'], 2, '--checkpoint must name one file for each MODEL, got 2 for 1'),
     (['receptive-field', 'smpconv_tcn_ct', *FIELD[2:]], 2, 'smpconv_tcn_ct with images of 32x32: x must have'),
     (['receptive-field', 'vit_tiny_patch16_224', *FIELD[2:]], 2, 'image_size must be 224 for VisionTr'),
@@ -553,16 +556,20 @@ def test_bad_input_is_one_sentence_and_writes_nothing(small, arguments, status, 
     Path('empty').mkdir()
     Path('broken').mkdir()
     Path('broken/a.png').write_bytes(b'\x89PNG\r\n\x1a\n')
+    Path('large').mkdir()
+    if 'large' in arguments:
+        Image.new('1', (20_000, 20_000)).save('large/a.png')
     assert main(['picture', *arguments]) == status
     captured = capsys.readouterr()
     lines = [line for line in captured.err.split('\n') if line and '\r' not in line]
     assert message in lines[-1] and lines[-1].startswith(f'timm-smpconv picture {arguments[0]}: ')
     assert 'Traceback' not in captured.err and captured.out == ''
-    assert listed() == ['broken', 'empty', 'folder.png']
+    assert listed() == ['broken', 'empty', 'folder.png', 'large']
 
 
 @pytest.mark.parametrize('arguments,message', [
     (['kernels', 'smpconv_tiny', '--out', 'a.gif'], "--out: must be a file whose name ends in .png or .svg, got 'a.g"),
+    (['kernels', 'smpconv_tiny', '--out', '.png'], "--out: must be a file whose name ends in .png or .svg, got '.png"),
     (['kernels', 'smpconv_tiny', '--channels', '-1'], '--channels: must be an integer from 0'),
     (['receptive-field', 'smpconv_tiny'], 'the following arguments are required: --images'),
     ([], 'the following arguments are required: picture'),

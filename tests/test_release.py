@@ -74,7 +74,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, metadata):
         licence = archive.read(f'timm_smpconv-{VERSION}.dist-info/licenses/LICENSE')
     assert licence == (ROOT / 'LICENSE').read_bytes()
     assert (metadata['Name'], metadata['Version'], metadata['License-Expression']) == ('timm-smpconv', VERSION, 'MIT')
-    assert {'demo', 'export', 'scripts', 'test', 'tools'} <= set(metadata.get_all('Provides-Extra'))
+    assert {'demo', 'export', 'scripts', 'test', 'tools', 'weights'} <= set(metadata.get_all('Provides-Extra'))
 
 
 @pytest.mark.slow
@@ -88,10 +88,11 @@ def test_sdist_holds_the_checkout(dist, unpacked):
     found = {path.relative_to(unpacked) for path in unpacked.rglob('*') if path.is_file()}
     added = ('PKG-INFO', 'setup.cfg', 'timm_smpconv.egg-info')  # by setuptools
     assert {path.as_posix() for path in found if path.parts[0] not in added} == expected
-    assert {'tests/plugins/float64.py', 'weights/sources.yaml', 'docs/kernels.png'} <= expected
+    assert {'tests/plugins/float64.py', 'weights/convert.py', 'docs/kernels.png'} <= expected
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it runs hundreds of tests
 def test_tests_run_from_the_sdist(unpacked):
     environ = {name: value for name, value in os.environ.items() if not name.startswith(('PYTEST_', 'PYTHONPATH'))}
     where = run('-c', 'import timm_smpconv; print(timm_smpconv.__file__)', cwd=unpacked, env=environ)
@@ -115,8 +116,8 @@ def test_installs_without_extras_and_runs_outside_the_checkout(wheel, metadata, 
     work.mkdir()
     extras = {
         re.match(r'[\w.-]+', line)[0] for line in metadata.get_all('Requires-Dist')
-        if re.search(r'extra == "(demo|export|scripts)"', line)}
-    assert 'scikit-learn' in extras
+        if re.search(r'extra == "(demo|export|scripts|weights)"', line)}
+    assert {'gdown', 'scikit-learn'} <= extras
     blocked = dict.fromkeys({'sklearn', *extras} - {'tqdm'})  # huggingface_hub needs tqdm, too
     (installed / 'sitecustomize.py').write_text(f'import sys\nsys.modules.update({blocked})\n')
     environ = dict(os.environ, PYTHONPATH=str(installed))
@@ -138,6 +139,9 @@ def test_installs_without_extras_and_runs_outside_the_checkout(wheel, metadata, 
     path, *rest = command('run', 'script.py', 'an argument').split(maxsplit=2)
     assert installed in Path(path).parents and rest == ['SMPConvNet', 'an argument']
     assert 'it comes with the extra "demo"' in command('demo', code=1)
+    assert 'it comes with the extra "demo"' in command('picture', 'kernels', 'smpconv_mobile31', code=1)
+    assert 'https://drive.google.com/' in command('weights', '--list', '--cache-dir', 'cache')
+    assert 'it comes with the extra "weights"' in command('weights', 'smpconv_tiny', '--cache-dir', 'cache', code=1)
     script = installed / 'bin' / 'timm-smpconv'
     assert run(script, '--version', cwd=work, env=environ).strip() == VERSION
 

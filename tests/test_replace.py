@@ -117,6 +117,26 @@ def test_fewer_points_are_a_least_squares_fit_that_the_descent_betters(old, new,
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_a_descent_that_leads_astray_is_no_worse_than_its_start(monkeypatch):
+    model, other = nn.Sequential(depthwise()), nn.Sequential(depthwise())
+    other.load_state_dict(model.state_dict())
+    monkeypatch.setattr(replace, 'RATE', 5.)
+    error = replace_depthwise(model, points=25).replaced[0].error
+    monkeypatch.setattr(replace, 'STEPS', 1)
+    assert error <= replace_depthwise(other, points=25).replaced[0].error + 1e-6
+
+
+@pytest.mark.parametrize('weight', [torch.ones(7, 7), torch.arange(49.).reshape(7, 7) % 2 * 2 - 1])
+def test_radii_stay_where_they_reach_a_sample_and_in_range(weight):
+    """A constant kernel asks for the largest radii, a chessboard for the smallest."""
+    model = nn.Sequential(depthwise(dtype=torch.float64))
+    model[0].weight.data.copy_(weight)
+    error = replace_depthwise(model, points=4).replaced[0].error
+    kernel = model[0].kernel
+    assert kernel.radius.min() >= replace.LEAST_RADIUS / 3 - 1e-12 and kernel.radius.max() <= 1
+    assert error < 1 and (kernel_loop(kernel.coords, kernel.radius, kernel.weight, kernel.size) != 0).any()
+
+
 def test_more_points_fit_better():
     model = nn.Sequential(depthwise(channels=16))
     errors = []
@@ -153,6 +173,16 @@ def assigned():
     return conv
 
 
+class Quantised(torch.Tensor):
+    """A tensor subclass, as torchao's quantised weights and FSDP's shards are."""
+
+
+def quantised():
+    conv = depthwise()
+    conv.weight = nn.Parameter(conv.weight.detach().as_subclass(Quantised))
+    return conv
+
+
 def tied():
     conv, other = depthwise(), depthwise()
     other.weight = conv.weight
@@ -180,6 +210,7 @@ LEFT = {
     'parametrised': (
         lambda: nn.utils.parametrizations.weight_norm(depthwise()), 'computes its weight from others'),
     'pruned': (lambda: prune.l1_unstructured(depthwise(), 'weight', 3), 'computes its weight from others'),
+    'quantised': (quantised, 'computes its weight from others'),
     'complex': (lambda: nn.Conv2d(6, 6, 7, padding=3, groups=6, dtype=torch.cfloat), 'has weights of torch.complex64'),
 }
 

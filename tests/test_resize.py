@@ -205,7 +205,8 @@ def scripted(model):
 
 @pytest.mark.parametrize('copied', [
     copy.deepcopy, pickled, scripted, torch.fx.symbolic_trace, lambda model: ModelEmaV3(model).module,
-    lambda model: torch.export.export(model, (torch.randn(1, 3, 64, 96),)).module(),
+    pytest.param(
+        lambda model: torch.export.export(model, (torch.randn(1, 3, 64, 96),)).module(), marks=pytest.mark.slow),
 ])
 def test_the_size_survives(copied):
     model, x = small_model(depths=(1, 1, 1, 1)), torch.randn(1, 3, 64, 96)

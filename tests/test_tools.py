@@ -3,7 +3,6 @@
 Oracles: what timm's create_model makes of the same folder; the unmerged network for the merged one; plain AdamW with
 rates and radii set by hand (test_distributed.py).
 """
-import json
 import math
 
 import convert
@@ -22,20 +21,12 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from timm_smpconv import SMPAdamW, SMPKernel
-from timm_smpconv.merged import MergedConv2d
+from timm_smpconv import CheckpointError, SMPAdamW, SMPKernel
 from timm_smpconv.optim import add_point_rules
 
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4  # of `difference`, for whole networks in float32
-
-
-def without_classes(folder):
-    """Leave num_classes out of a folder's model_args, where transformers gives it twice."""
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    config['model_args'].pop('num_classes', None)
-    (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
 
 
 @pytest.fixture(scope='module')
@@ -46,10 +37,7 @@ def folders(tmp_path_factory):
     assert convert.main([
         str(path / 'digits.pth'), '--model', 'smpconv_mobile31', '--tag', 'digits', '--out', str(path / 'digits'),
         '--merged']) == 0
-    folders = {'unmerged': path / 'digits', 'merged': path / 'digits-merged'}
-    for folder in folders.values():
-        without_classes(folder)
-    return folders
+    return {'unmerged': path / 'digits', 'merged': path / 'digits-merged'}
 
 
 @pytest.fixture(scope='module')
@@ -72,10 +60,10 @@ def check_close(actual, expected):
         assert difference(a, e) < TOLERANCE
 
 
-def check_merged(network):
-    """No norm of a large kernel is left, and no point."""
-    assert any(isinstance(module, MergedConv2d) for module in network.modules())
-    assert not any(isinstance(module, SMPKernel) for module in network.modules())
+def check_merged(encoder):
+    """Points and norms are gone; the large kernels are those of convolutions."""
+    assert not any(isinstance(module, (SMPKernel, nn.BatchNorm2d)) for module in encoder.modules())
+    assert any(module.kernel_size == (31, 31) for module in encoder.modules() if isinstance(module, nn.Conv2d))
 
 
 def update_all(network, encoder, loss):
@@ -147,23 +135,38 @@ def test_backbone_of_transformers(folders, ours, images):
 # Segmentation
 
 
-@pytest.mark.parametrize('decoder', [
-    'Unet', 'UnetPlusPlus', 'FPN', 'UPerNet', 'Segformer', 'Linknet', 'MAnet', 'PSPNet'])
-def test_segmentation(decoder, folders, ours, images):
+DECODERS = {  # and the output stride for which they ask
+    'Unet': 32, 'UnetPlusPlus': 32, 'FPN': 32, 'UPerNet': 32, 'Segformer': 32, 'Linknet': 32, 'MAnet': 32, 'PSPNet': 32,
+    'DeepLabV3': 8, 'DeepLabV3Plus': 16, 'PAN': 16,
+}
+
+
+@pytest.mark.parametrize('decoder', DECODERS)
+def test_segmentation(decoder, folders):
     smp = pytest.importorskip('segmentation_models_pytorch')
-    networks = {
-        kind: getattr(smp, decoder)(f'tu-local-dir:{folder}', encoder_weights=True, classes=3).eval()
-        for kind, folder in folders.items()}
-    check_merged(networks['merged'].encoder)
-    expected = maps_of(ours, images)
+    size = (128, 128) if decoder == 'PAN' else (64, 96)  # PAN halves the last map three times
+    images, labels = torch.randn(2, 3, *size), torch.randint(0, 3, (2, *size))
+    stride = DECODERS[decoder]
+
+    def build(kind):
+        return getattr(smp, decoder)(f'tu-local-dir:{folders[kind]}', encoder_weights=True, classes=3).eval()
+
+    like = timm.create_model(f'local-dir:{folders["unmerged"]}', pretrained=True, output_stride=stride).eval()
+    expected = maps_of(like, images)
     if decoder == 'PSPNet':  # it takes strides 4 and 8
         expected = expected[:2]
+    network = build('unmerged')
     with torch.no_grad():
-        for network in networks.values():
-            check_close(network.encoder(images)[2:], expected)  # after the images and a map of stride 2 that is empty
+        check_close(network.encoder(images)[2:], expected)  # after the images and a map of stride 2 that is empty
+        if stride == 32:
+            merged = build('merged')
+            check_merged(merged.encoder)
+            check_close(merged.encoder(images)[2:], expected)
+        else:  # merged kernels are of the size of their grid
+            with pytest.raises(CheckpointError, match='must have the shapes of the model'):
+                build('merged')
 
-    network = networks['unmerged']
-    update_all(network, network.encoder, lambda: F.cross_entropy(network(images), torch.randint(0, 3, (2, 64, 96))))
+    update_all(network, network.encoder, lambda: F.cross_entropy(network(images), labels))
     with torch.no_grad():
         merged = reparameterize_model(network.eval())
         check_merged(merged.encoder)
@@ -206,12 +209,12 @@ def test_detection(name, folders, images):
     update_all(network, network.backbone.body, lambda: sum(network(photos, [target, target]).values()))
     with torch.no_grad():
         merged = reparameterize_model(network.eval())
-        check_merged(merged)
+        check_merged(merged.backbone.body)
         check_close(raw_outputs(name, merged, images), raw_outputs(name, network, images))
         assert len(merged(photos)) == 2
 
         merged = detector(name, folders['merged']).eval()
-        check_merged(merged)
+        check_merged(merged.backbone.body)
         merged.backbone.fpn.load_state_dict(network.backbone.fpn.state_dict())
         unmerged = detector(name, folders['unmerged']).eval()
         unmerged.backbone.fpn.load_state_dict(network.backbone.fpn.state_dict())

@@ -7,12 +7,11 @@ from typing import Any, Callable, List, Optional
 import timm
 import torch
 
-from . import __version__, backends, startup
+from . import __version__, backends, pretrained, startup
 from .build import build_network
 from .checkpoint import CheckpointError
 from .console import robust_output
 from .files import replace_together
-from .pretrained import BUILT_IN
 from .receptive_field import find_images, own_size, read_images, receptive_field, share_table
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
@@ -141,9 +140,10 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def _picture_file(text: str) -> Path:
-    if not text.lower().endswith(('.png', '.svg')):
+    path = Path(text)
+    if path.suffix.lower() not in ('.png', '.svg'):  # '.png' alone is a name, not a suffix
         raise argparse.ArgumentTypeError(f'must be a file whose name ends in .png or .svg, got {text!r}')
-    return Path(text)
+    return path
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -215,7 +215,7 @@ def _weights(args: argparse.Namespace) -> int:
         else:
             folder = weights.fetch(args.name, args.file, args.cache_dir, say=print)
             place = f', cache_dir="{args.cache_dir}"' if args.cache_dir else ''
-            way = f'"local-dir:{folder}", pretrained=True' if BUILT_IN[folder.name] else (
+            way = f'"local-dir:{folder}", pretrained=True' if pretrained.BUILT_IN[folder.name] else (
                 f'"{args.name}", pretrained=True{place}')
             print(f'timm.create_model({way}) takes it from there')
     except (weights.WeightsError, ConversionError, CheckpointError, SourcesError, OSError) as error:
@@ -299,7 +299,11 @@ def _write_picture(args: argparse.Namespace, draw: Callable[[Any], Any]) -> int:
 
     try:
         with replace_together(args.out.parent, [args.out.name], check) as folder:
-            pictures.save_figure(draw(pictures), folder / args.out.name)
+            try:
+                figure = draw(pictures)
+            except OSError as error:  # of what it reads
+                raise ValueError(str(error)) from error
+            pictures.save_figure(figure, folder / args.out.name)
     except OSError as error:
         print(f'{command}: --out must be a file that can be written: {error}', file=sys.stderr)
         return 1

@@ -50,8 +50,9 @@ def build_network(name: str, checkpoint: Optional[Path] = None, pretrained: bool
     except (OSError, RuntimeError) as error:  # an unknown tag; of the Hub's client
         raise ValueError(f'MODEL {name!r} must have weights that can be loaded: {_short(error)}') from error
     if checkpoint is not None:
+        content = read_checkpoint(checkpoint)
         try:
-            state_dict = select_weights(read_checkpoint(checkpoint))[0]
+            state_dict = select_weights(content)[0]
             model = timm.create_model(name, **_arguments(model, state_dict))
             if isinstance(model, SMPNet):
                 state_dict = checkpoint_filter_fn(state_dict, model)

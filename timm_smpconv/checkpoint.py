@@ -281,7 +281,9 @@ def check_before_loading(
 
 
 def _unreadable(path: Union[str, Path], error: Exception) -> CheckpointError:
-    reason = ' '.join(str(error).split())  # torch.load gives advice of many lines
+    # torch.load puts its reason among advice of many lines, to run the code in the file for one.
+    reason = ' '.join(str(error).split())
+    reason = reason.partition('WeightsUnpickler error: ')[2].partition(' Check the documentation')[0] or reason
     return CheckpointError(
         f'file must be an undamaged weights-only checkpoint (.pth, .pt, .pth.tar or .safetensors), got {str(path)!r}, '
         f'which could not be read as one; no code in it was run. {type(error).__name__}: {reason}')

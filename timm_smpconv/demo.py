@@ -28,7 +28,7 @@ from .kernel import SMPKernel
 from .pictures import Picture, Points, draw_kernels, draw_motion, picture_of, points_of, save_figure, save_motion
 
 FILES = ('model.safetensors', 'merged.safetensors', 'kernels.png', 'points.gif')
-FRAMES = 60  # of points.gif
+FRAMES = 44  # of points.gif
 BATCH_SIZE = 32
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1

@@ -78,7 +78,8 @@ class Convolution(NamedTuple):
 
     def build(self) -> Any:
         """The convolution as a plain module in evaluation mode; draws no random numbers."""
-        like, bias, size = self.like, self.bias is not None, tuple(self.weight.shape[2:])
+        like, bias = self.like, self.bias is not None
+        size: Any = tuple(self.weight.shape[2:])
         channels, dtype = (like.in_channels, like.out_channels), getattr(like, 'kernel', like).weight.dtype
         dd = {'device': 'meta', 'dtype': dtype}
         conv: Any

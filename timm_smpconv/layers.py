@@ -438,7 +438,7 @@ class SMPConv1d(_SMPConv):
 
 
 folding.WEIGHTS.update({
-    DepthwiseConv2d.forward: DepthwiseConv2d.render,
+    DepthwiseConv2d.forward: lambda conv: conv.render(),
     CausalConv1d.forward: lambda conv: conv.weight,
     SMPConv1d.forward: SMPConv1d.render,
     SMPConv2d.forward: SMPConv2d.render,

@@ -13,10 +13,11 @@ import torch.nn as nn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from .base import SMPNet
+from .base import SMPFeatureListNet, SMPNet
 from .kernel import SMPKernel, render_kernel
 from .receptive_field import smallest_square
 
@@ -103,7 +104,8 @@ def find_kernels(
     kernels: Dict[str, Any] = {
         re.sub(r'\.?(large\.)?(conv\.)?kernel$', '', name): module
         for name, module in model.named_modules() if isinstance(module, SMPKernel)}
-    if not kernels and isinstance(model, SMPNet):  # merged: its other convolutions have kernels of 1 or 3
+    # Of a merged network: its other convolutions have kernels of 1 or 3.
+    if not kernels and isinstance(model, (SMPNet, SMPFeatureListNet)):
         kernels = {
             name: module.weight for name, module in model.named_modules()
             if isinstance(module, (nn.Conv1d, nn.Conv2d)) and min(module.kernel_size) > 3}
@@ -162,13 +164,16 @@ def draw_kernels(pictures: Mapping[str, Picture], columns: int = 4) -> Figure:
     figure, axes = _panels(rows, columns, width, 2.75)
     for axis, (title, picture) in zip(axes, pictures.items()):
         _draw(axis, picture)
-        axis.set_title(f'{title}\nlargest |K| {picture.kernel.abs().max().item():.2g}', fontsize=8)
+        if picture.kernel.ndim == 2:
+            axis.set(xticks=[], yticks=[])
+        axis.set_title(f'{title}\nlargest |K| {picture.kernel.abs().max().item():.2g}', fontsize=9)
     return figure
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> Tuple[Figure, List[Any]]:
     """A white figure, since a transparent one has unreadable text on a dark page, and its axes."""
-    figure = Figure(figsize=(width * columns, height * rows), layout='constrained', facecolor='white')
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)  # inches
+    figure = Figure(figsize=(width * columns, height * rows), layout=layout, facecolor='white')
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
@@ -192,15 +197,14 @@ def _draw_image(axis: Any, picture: Picture, limit: float, colors: Dict[str, Any
     bottom, right = (1 + 1 / max(k - 1, 1) for k in picture.kernel.shape)
     axis.imshow(
         picture.kernel.numpy(), cmap='RdBu_r', vmin=-limit, vmax=limit, extent=(-right, right, -bottom, bottom))
-    axis.set(xticks=[], yticks=[])
     if picture.points is None:
         return
     x, y = picture.points.coords.T.numpy()
     size = 110 * picture.points.radius.numpy()
+    axis.scatter(x, y, s=size, c=picture.points.weight.numpy(), linewidths=0.5, zorder=3, **colors)
     if picture.before is not None:
         x0, y0 = picture.before.coords.T.numpy()
-        axis.plot([x0, x], [y0, y], color='black', linewidth=0.8)
-    axis.scatter(x, y, s=size, c=picture.points.weight.numpy(), linewidths=0.5, zorder=3, **colors)
+        axis.plot([x0, x], [y0, y], color='black', linewidth=0.8, zorder=4)
 
 
 def _draw_curve(axis: Any, picture: Picture, limit: float, colors: Dict[str, Any]) -> None:
@@ -228,7 +232,8 @@ def _draw_curve(axis: Any, picture: Picture, limit: float, colors: Dict[str, Any
 def draw_motion(frames: Sequence[Tuple[str, Picture]]) -> Iterator[Image.Image]:
     """Draw a kernel again and again, with lines from where its points were in the first frame.
 
-    Colours and limits are the same in all frames.
+    Colours and limits are the same in all frames. Of a kernel of images the middle is drawn that holds nine tenths of
+    the points, since they move by fractions of a sample.
 
     Args:
         frames: (title, kernel with points) at each moment.
@@ -236,7 +241,7 @@ def draw_motion(frames: Sequence[Tuple[str, Picture]]) -> Iterator[Image.Image]:
     Example:
         >>> kernel = SMPKernel(1, (9, 9), 5)
         >>> [image.size for image in draw_motion([('before', picture_of(kernel)), ('after', picture_of(kernel))])]
-        [(400, 440), (400, 440)]
+        [(360, 396), (360, 396)]
     """
     first = frames[0][1].points
     largest = Picture(
@@ -244,9 +249,10 @@ def draw_motion(frames: Sequence[Tuple[str, Picture]]) -> Iterator[Image.Image]:
         Points(*(torch.stack(parts).abs().amax(0) for parts in zip(*(picture.points or () for _, picture in frames)))))
     values = [value for _, p in frames for value in (p.kernel, *(p.points[2:] if p.points else ()))]
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
-    figure = Figure(figsize=(4, 4.4), dpi=100, facecolor='white')
+    figure = Figure(figsize=(4, 4.4), dpi=90, facecolor='white')
     canvas = FigureCanvasAgg(figure)
-    axis = figure.add_axes((0.03, 0.03, 0.94, 0.85) if largest.kernel.ndim == 2 else (0.12, 0.1, 0.85, 0.78))
+    axis = figure.add_axes((0.1, 0.06, 0.88, 0.82) if largest.kernel.ndim == 2 else (0.12, 0.1, 0.85, 0.78))
+    reach = max(largest.points[0].amax(1).quantile(0.9).item(), 0.1) if largest.points else 1.  # of the maximum norm
     for title, picture in frames:
         axis.clear()
         _draw(axis, picture._replace(before=first), largest)
@@ -254,6 +260,10 @@ def draw_motion(frames: Sequence[Tuple[str, Picture]]) -> Iterator[Image.Image]:
         if picture.kernel.ndim == 1:
             margin = 0.05 * (high - low)
             axis.set_ylim(low - margin, high + margin)
+        else:
+            axis.set(xlim=(-reach, reach), ylim=(-reach, reach))
+            axis.locator_params(nbins=5)
+            axis.tick_params(labelsize=7)
         canvas.draw()
         yield Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
 
@@ -261,16 +271,19 @@ def draw_motion(frames: Sequence[Tuple[str, Picture]]) -> Iterator[Image.Image]:
 def save_motion(images: Iterator[Image.Image], file: Path, milliseconds: int = 80) -> None:
     """Write images as an animated GIF that stops at the last one for two seconds and starts again.
 
-    All frames share the colours of the last one, in which the kernel has the most: each then stores only what moved.
+    All frames share the colours of kernels and grays, so that each stores only what moved.
 
     Example:
         >>> kernel = SMPKernel(1, (9, 9), 5)
         >>> save_motion(draw_motion([('before', picture_of(kernel)), ('after', picture_of(kernel))]), Path('a.gif'))
-        >>> Image.open('a.gif').n_frames
+        >>> with Image.open('a.gif') as image:
+        ...     image.n_frames
         2
     """
     frames = list(images)
-    palette = frames[-1].quantize(96, dither=Image.Dither.NONE)
+    palette = Image.new('P', (1, 1))
+    colors = [*mpl.colormaps['RdBu_r'](np.linspace(0, 1, 49))[:, :3], *np.linspace(0, 1, 15)[:, None].repeat(3, 1)]
+    palette.putpalette((np.array(colors) * 255).round().astype('uint8').tobytes())
     reduced = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     reduced[0].save(
         file, format='GIF', save_all=True, append_images=reduced[1:], loop=0, optimize=False,

@@ -18,8 +18,11 @@ __all__ = ['CONVERSIONS', 'PlainBlock', 'causal_padding', 'plain_convolution', '
 _ACTIVATIONS: Dict[str, Callable[[], nn.Module]] = {'none': nn.Identity, 'relu': nn.ReLU, 'gelu': nn.GELU}
 
 
-class PlainBlock(nn.Sequential):
-    """Layers that follow each other, and a residual: `x + layers(x)`, (B, C, H, W) → (B, C, H, W)."""
+class PlainBlock(nn.ModuleDict):
+    """Layers that follow each other, and a residual: `x + layers(x)`, (B, C, H, W) → (B, C, H, W).
+
+    Not an `nn.Sequential`: tools take those apart and would lose the residual.
+    """
 
     def __init__(self, layers: 'OrderedDict[str, nn.Module]'):
         super().__init__(layers)
@@ -27,7 +30,7 @@ class PlainBlock(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
-        for layer in self:
+        for layer in self.values():
             y = layer(y)
         return x + y
 

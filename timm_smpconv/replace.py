@@ -234,8 +234,7 @@ def _reason(conv: Any) -> str:
     if not same and not (plain and forward_of(conv) in (nn.Conv2d.forward, DepthwiseConv2d.forward)):
         return f'is a {kind} with a forward of its own'
     parameters = [p for p in (conv._parameters.get('weight'), conv.bias) if p is not None]
-    if set(conv._parameters) != {'weight', 'bias'} or next(conv.buffers(), None) is not None or conv._modules or any(
-            type(p) is not nn.Parameter for p in parameters):
+    if set(conv._parameters) != {'weight', 'bias'} or any(type(p) is not nn.Parameter for p in parameters):
         return 'computes its weight from others: it is parametrised, pruned, quantised or sharded'
     if any(getattr(conv, f'_{name}') for name in (
             'forward_hooks', 'forward_pre_hooks', 'backward_hooks', 'backward_pre_hooks')):

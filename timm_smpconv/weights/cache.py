@@ -36,7 +36,10 @@ def find_cached(name: str, cache_dir: Union[str, Path, None] = None) -> Optional
         True
     """
     folder = cache_folder(cache_dir) / name
-    return folder if all((folder / file).is_file() for file in FILES) else None
+    try:
+        return folder if all((folder / file).is_file() for file in FILES) else None
+    except PermissionError:  # the cache of another user; importing this package looks here
+        return None
 
 
 def origin_of(folder: Path) -> Dict[str, Any]:

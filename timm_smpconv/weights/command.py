@@ -1,7 +1,7 @@
 """`timm-smpconv weights`: the authors' weights into the cache, a list of what there is, and their removal."""
 import logging
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Generator, List, Optional, Tuple
 
@@ -10,8 +10,8 @@ from filelock import FileLock, Timeout
 from ..checkpoint import CheckpointError
 from ..compat import file_sha256
 from .cache import cache_folder, check_cached, find_cached, origin_of
-from .conversion import ConversionError, convert
-from .sources import load_sources
+from .conversion import ConversionError, check_replaceable, convert
+from .sources import FILES, load_sources
 
 __all__ = ['WeightsError', 'fetch', 'listing', 'remove']
 
@@ -54,31 +54,42 @@ def fetch(
         raise WeightsError(
             f'there are no weights of {entry["model"]}: the authors published none. Train it with timm\'s train.py and '
             f'the recipe that `timm-smpconv recipe {entry["recipe"]}` names')
-    recorded = origin['sha256']
+    folder = cache_folder(cache_dir) / name
+
+    def check() -> bool:
+        if not find_cached(name, cache_dir):
+            return False
+        made_of = origin_of(folder)['sha256']
+        check_cached(folder, origin['sha256'])
+        say(f'{folder} is there already, made of a file of sha256 {made_of}')
+        return True
+
+    with suppress(CheckpointError, OSError):  # without the lock, which a cache that is only read does not allow
+        if check():
+            return folder
     with _lock(name, cache_dir, say):
-        folder = find_cached(name, cache_dir)
-        if folder:
-            made_of = origin_of(folder)['sha256']
+        if find_cached(name, cache_dir):
+            origin_of(folder)
             try:
-                check_cached(folder, recorded)
-                say(f'{folder} is there already, made of a file of sha256 {made_of}')
+                check()
                 return folder
             except CheckpointError as error:
                 say(f'{error}: replacing it')
-        folder = cache_folder(cache_dir) / name
+        download = folder.with_name(f'{name}.download')
+        _check_place(folder, file or download / 'checkpoint')
         if file:
             say(f'{name} from {file}, {_licence(entry)}')
             _convert(file, entry, folder, say)
         else:
-            download = _download(name, entry, folder.with_name(f'{name}.download'), say)
+            downloaded = _download(name, entry, download, say)
             try:
-                _convert(download, entry, folder, say)
+                _convert(downloaded, entry, folder, say)
             except (CheckpointError, ConversionError) as error:
-                shutil.rmtree(download.parent)
+                shutil.rmtree(download)
                 raise WeightsError(f'{error}; the downloaded file was deleted') from error
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(', '.join((*map(str, error.args), 'the download is kept'))) from error
-            shutil.rmtree(download.parent)
+            shutil.rmtree(download)
         return folder
 
 
@@ -100,7 +111,7 @@ def remove(name: str, cache_dir: Optional[Path] = None, say: Say = _logger.info)
     """Delete weights from the cache, and what was downloaded of them.
 
     Raises:
-        WeightsError: There are no such weights in the cache.
+        WeightsError: There are no such weights in the cache, or other files are in their place.
         OSError: Something could not be deleted.
     """
     name, _ = _find(name)
@@ -109,10 +120,17 @@ def remove(name: str, cache_dir: Optional[Path] = None, say: Say = _logger.info)
     found = [path for path in (folder, download) if path.exists()]
     if not found:
         raise WeightsError(f'NAME must be that of weights in the cache {folder.parent}, got {name}')
+    others = [path for path in _files(folder) if path.name not in FILES or path.parent != folder]
+    if others:
+        raise WeightsError(f'{folder} must hold nothing but {", ".join(FILES)} to be removed, got {others[0]}')
     with _lock(name, cache_dir, say):
         for path in found:
             size = _size(path)
-            shutil.rmtree(path)
+            # The configuration last: it tells that what an interrupt leaves may be replaced.
+            for file in sorted(_files(path), key=lambda file: file.name == 'config.json'):
+                file.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
             say(f'removed {path}, {size / 1e6:.1f} MB')
 
 
@@ -137,20 +155,37 @@ def _state(name: str, cache_dir: Optional[Path]) -> str:
     return f'{_size(download) / 1e6:.1f} MB of a download' if download.is_dir() else 'no'
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
+def _files(path: Path) -> List[Path]:
+    """A file itself, or those in a folder and below."""
+    return [found for found in (path, *path.rglob('*')) if found.is_file()]
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _check_place(folder: Path, checkpoint: Path) -> None:
+    """Before anything is downloaded."""
+    try:
+        check_replaceable(folder, checkpoint)
+    except ConversionError as error:
+        raise WeightsError(
+            f'{folder} must not exist, be empty, or hold converted weights and not the file itself: move what is there '
+            'to another place') from error
 
 
 @contextmanager
 def _lock(name: str, cache_dir: Optional[Path], say: Say) -> Generator[None, None, None]:
     path = cache_folder(cache_dir) / f'{name}.lock'
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         say(f'waiting for another process that works on {name}')
         lock.acquire()
+    except OSError as error:
+        raise WeightsError(f'the cache must be a folder that can be written, got {path.parent}: {error}') from error
     try:
         yield
     finally:
