@@ -281,12 +281,12 @@ class SMPTCN(SMPNet):
     @property
     def seq_len(self) -> int:
         """The longest sequence; `resize_kernels` changes it."""
-        return self.stem.seq_len  # type: ignore[return-value]
+        return self.stem.seq_len
 
     @property
     def kernel_length(self) -> int:
         """Length of the kernels that a checkpoint of this network has."""
-        return self.stem.length  # type: ignore[return-value]
+        return self.stem.length
 
     @torch.jit.ignore
     def authors_buffers(self) -> Dict[str, torch.Tensor]:
