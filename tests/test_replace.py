@@ -478,7 +478,7 @@ def test_mobilenetv4_goes_on():
         assert difference(reparameterize_model(model)(images), model(images)) < TOLERANCE[torch.float32]
 
 
-def test_resizing_keeps_the_response_of_a_replaced_kernel_within_a_third():
+def test_resizing_takes_a_third_of_the_response_of_a_replaced_kernel():
     model = nn.Sequential(depthwise(bias=False, dtype=torch.float64))
     nn.init.ones_(model[0].weight)
     replace_depthwise(model)
