@@ -368,6 +368,7 @@ def test_the_outputs_are_compared_in_evaluation_mode():
     assert logits > 0.01 and math.isclose(logits, ((after - before).norm() / before.norm()).item(), rel_tol=1e-4)
     assert replace_depthwise(Boxes(), images=x).logits is None
     assert replace_depthwise(Net()).logits is None
+    assert math.isnan(replace_depthwise(Outputs(), images=math.nan * x).logits)
     net = Net()  # in training mode, with dropout
     assert replace_depthwise(net, images=x).logits < 1e-5
 
@@ -475,6 +476,14 @@ def test_mobilenetv4_goes_on():
     assert {'has stride 2×2', 'is 3×3, with a side shorter than min_size = 5'} == set(report.left.values())
     with torch.no_grad():
         assert difference(reparameterize_model(model)(images), model(images)) < TOLERANCE[torch.float32]
+
+
+def test_resizing_takes_a_third_of_the_response_of_a_replaced_kernel():
+    model = nn.Sequential(depthwise(bias=False, dtype=torch.float64))
+    nn.init.ones_(model[0].weight)
+    replace_depthwise(model)
+    found = [model[0].resize(k).render()[0].sum().item() / 49 for k in (7, 11, 13)]
+    assert abs(found[0] - 1) < 1e-6 and min(found[1:]) > 0.65 and max(found[1:]) < 0.7  # docs/replace.md tells it
 
 
 def test_an_empty_report_is_text():

@@ -13,7 +13,8 @@ from reference import conv_loop, kernel_loop
 from timm.utils import ModelEmaV3, reparameterize_model
 
 from timm_smpconv import RepSMPConv2d, SMPConv1d, SMPConv2d, SMPKernel, resize_kernels
-from timm_smpconv.layers import DenseRepSMPConv2d, DepthwiseConv2d, RepSMPConv1d
+from timm_smpconv.layers import ConvNorm, DenseRepSMPConv2d, DepthwiseConv2d, RepConv, RepSMPConv1d
+from timm_smpconv.merged import MergeError
 
 
 def kernel_sizes(model):
@@ -385,6 +386,13 @@ def test_a_dilated_layer_equals_the_loops_and_merges(k, small, d):
     resize_kernels(layer, scale=1)
     assert layer.large.conv.kernel_size == size
     assert difference(layer.resize(tuple(n + 4 for n in size)).fuse()(x), layer(x)) < TOLERANCE[torch.float64]
+
+
+def test_a_large_branch_with_holes_is_not_merged():
+    large = nn.Conv2d(4, 4, 7, padding=6, dilation=2, groups=4, bias=False)
+    layer = RepConv(ConvNorm(large), ConvNorm(DepthwiseConv2d(4, 5, bias=False))).eval()
+    with pytest.raises(MergeError, match=r'large.* must have dilation 1 to be merged, got Conv2d'):
+        layer.fuse()
 
 
 @pytest.mark.parametrize('output_stride,reductions,sizes', [

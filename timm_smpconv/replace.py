@@ -434,7 +434,7 @@ def _replacement(name: str, conv: Any, smp: SMPConv2d) -> Replacement:
 
 def _relative(moves: torch.Tensor, norms: torch.Tensor) -> float:
     moved, norm = moves.norm().item(), norms.norm().item()
-    return moved / norm if norm > 0 else math.inf if moved > 0 else 0.
+    return moved / norm if norm != 0 else 0. if moved == 0 else moved * math.inf  # NaN stays NaN
 
 
 def _first_outputs(

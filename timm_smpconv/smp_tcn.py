@@ -6,7 +6,7 @@ authors' code (MIT), https://github.com/sangnekim/SMPConv. Written anew for timm
 Shapes: B batch, C channels, L length, H and W height and width of an image that is read row by row, L = H * W.
 """
 from functools import partial
-from typing import Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -217,6 +217,8 @@ class SMPTCN(SMPNet):
         'blocks.0.conv1.large.conv.kernel.weight', 'blocks.0.conv1.small.conv.weight', 'blocks.0.conv1.weight',
         'blocks.0.shortcut.weight')
     output_fmt = 'NCL'
+    if TYPE_CHECKING:  # TorchScript would read it
+        stem: Any
 
     def __init__(
             self,
@@ -279,12 +281,12 @@ class SMPTCN(SMPNet):
     @property
     def seq_len(self) -> int:
         """The longest sequence; `resize_kernels` changes it."""
-        return self.stem.seq_len  # type: ignore[return-value]
+        return self.stem.seq_len
 
     @property
     def kernel_length(self) -> int:
         """Length of the kernels that a checkpoint of this network has."""
-        return self.stem.length  # type: ignore[return-value]
+        return self.stem.length
 
     @torch.jit.ignore
     def authors_buffers(self) -> Dict[str, torch.Tensor]:
