@@ -82,6 +82,14 @@ def test_field_is_a_mean_over_images_of_absolute_gradients():
         assert receptive_field(square, batches)[1, 1] == 4
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_field_of_a_model_of_another_dtype(dtype):
+    conv = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    conv.weight = torch.nn.Parameter(torch.arange(1., 10.).view(1, 1, 3, 3))
+    field = receptive_field(conv.to(dtype), [torch.ones(1, 1, 5, 5)])
+    assert torch.equal(field[1:4, 1:4], torch.arange(1., 10.).view(3, 3).double())
+
+
 def test_field_of_images_made_in_inference_mode():
     conv, image = nn.Conv2d(1, 2, 3, padding=1), torch.randn(1, 1, 7, 7)
     nn.init.constant_(conv.bias, 10.)  # all features are on

@@ -295,8 +295,9 @@ def test_each_sequence_network_is_resized_by_its_own_kernels():
 REFUSED = [
     (dict(), 'takes either scale or kernel_sizes, got scale=None'),
     (dict(scale=2, kernel_sizes=9), 'takes either scale or kernel_sizes, got scale=2 and kernel_sizes=9'),
-    (dict(scale=0), 'scale must be positive and finite, got 0'),
-    (dict(scale=math.nan), 'scale must be positive and finite, got nan'),
+    (dict(scale=0), 'scale must be a positive and finite number, got 0'),
+    (dict(scale=math.nan), 'scale must be a positive and finite number, got nan'),
+    (dict(scale='2'), "scale must be a positive and finite number, got '2'"),
     (dict(scale=0.1), r'kernel_size must be at least 3 .*got \(1, 1\) for a kernel of \(9, 9\)'),
     (dict(kernel_sizes=(9, 7, 7, 3)), r'stages.3.*not be smaller than the kernel beside it, \(5, 5\), got \(3, 3\)'),
     (dict(kernel_sizes=8), r'stages.0.blocks.0.dwconv.large.conv: kernel_size must be odd and positive, got \(8, 8\)'),

@@ -271,12 +271,13 @@ def _picture_receptive_field(args: argparse.Namespace) -> int:
         size = args.image_size or max(map(own_size, networks.values()))
         fields = {}
         for name, network in networks.items():
-            images = tqdm(read_images(files, network, size), desc=name, total=len(files), unit='image')
+            progress = tqdm(read_images(files, network, size), desc=name, total=len(files), unit='image')
             try:
-                fields[name] = receptive_field(network.to(device), images)
+                fields[name] = receptive_field(network.to(device), progress)
             except (AssertionError, RuntimeError, ValueError) as error:  # how networks refuse a size; little memory
                 raise ValueError(f'{name} with images of {size}x{size}: {error}') from error
-        print(f'{len(files)} images of {size}x{size}: the side of the smallest square that holds a share of the')
+        images = '1 image' if len(files) == 1 else f'{len(files)} images'
+        print(f'{images} of {size}x{size}: the side of the smallest square that holds a share of the')
         print("effective receptive field, in percent of the image's side")
         print(share_table(fields))
         return pictures.draw_receptive_fields(fields)

@@ -417,7 +417,8 @@ class SMPKernel(nn.Module):
         A network knows the sum, without :math:`h^D`. A grid of another spacing h' would multiply it by about
         :math:`(h / h')^D`, so the entries are multiplied by :math:`(h' / h)^D`: in 2-D by
         :math:`((K - 1) / (K' - 1))^2` from a native size of K to K'. This keeps the integral, which is the response to
-        a constant map, and with it the mean and variance that a BatchNorm behind the convolution has learned.
+        a constant map, and with it the mean and variance that a BatchNorm behind the convolution has learned. In a
+        whole network small differences add up: take its statistics anew (docs/kernel-size.md).
 
         It is kept as closely as a sum approximates an integral: well for points that reach over several samples, less
         so on coarse grids. A point of a radius below the spacing may fall between the samples and vanish.

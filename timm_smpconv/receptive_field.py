@@ -43,7 +43,7 @@ def receptive_field(model: nn.Module, images: Iterable[torch.Tensor]) -> torch.T
         model: The last map is what its `forward_features` returns; what the module itself returns if it has none. A
             map is (B, C, H', W'), or (B, H', W', C) if the model's `output_fmt` is 'NHWC', or tokens (B, N, C) of a
             grid that its `patch_embed` tells.
-        images: Batches (B, C, H, W), all of the same H and W; moved to the model's device.
+        images: Batches (B, C, H, W), all of the same H and W; converted to the model's device and dtype.
 
     Returns:
         (H, W), float64, on the CPU.
@@ -63,7 +63,7 @@ def receptive_field(model: nn.Module, images: Iterable[torch.Tensor]) -> torch.T
                 [6, 7, 8]], dtype=torch.int32)
     """
     features = getattr(model, 'forward_features', model)
-    device = next((p.device for p in model.parameters()), torch.device('cpu'))
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
     total = torch.zeros(0, 0, dtype=torch.float64)
     count = 0
     with _frozen(model), torch.inference_mode(False), torch.enable_grad():
@@ -72,7 +72,7 @@ def receptive_field(model: nn.Module, images: Iterable[torch.Tensor]) -> torch.T
                 raise ValueError(
                     'images must be batches (B, C, H, W) of one size, '
                     f'got {tuple(batch.shape)}{f" after {tuple(total.shape)}" if count else ""}')
-            x = batch.detach().to(device)
+            x = batch.detach().to(like)
             x = (x.clone() if x.is_inference() else x).requires_grad_()
             (gradient,) = torch.autograd.grad(F.relu(_centre(model, features(x))).sum(), x)
             field = gradient.abs().sum((0, 1)).cpu().double()  # (H, W)

@@ -95,8 +95,8 @@ def resize_kernels(
 
 
 def _scaled(convs: _Convs, scale: float) -> Dict[str, Any]:
-    if not 0 < scale < math.inf:
-        raise ValueError(f'scale must be positive and finite, got {scale}')
+    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f'scale must be a positive and finite number, got {scale!r}')
 
     def scaled(k: int, step: int) -> int:
         return step * round(scale * (k - 1) / step) + 1
