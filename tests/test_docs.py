@@ -186,9 +186,10 @@ def test_deployment(run, tmp_path, monkeypatch):
     for name in ('deep_lift', 'guided'):
         assert names[name].isfinite().all() and names[name].any(), name
     assert names['relevance'].shape == names['pixels'].shape  # with random weights it overflows; tests/test_plain.py
-    assert round(names['macs'] / 1e9, 3) == 5.668  # as the page says
+    # As the page says of 1,000 classes; the model here has 10.
+    assert round((names['macs'] + 990 * names['merged'].num_features) / 1e9, 3) == 5.668
     for name in ('found', 'by_module', 'by_operator'):
-        assert 1 < names[name] / names['macs'] < 1.1, name
+        assert 1 < names[name] / names['macs'] < 1.15, name  # with biases; of operators also BatchNorms and rendering
     assert (tmp_path / 'smpconv_tiny.onnx').exists()
     parameters = sum(p.numel() for p in names['merged'].parameters())
     for file in ('smpconv_tiny_int8.bin', 'smpconv_tiny_int8.onnx'):  # every weight in a byte, depthwise ones, too
@@ -199,7 +200,8 @@ def test_deployment(run, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings(
     'ignore:.isinstance.treespec, LeafSpec:FutureWarning',  # of Lightning 2.6 and torch 2.14
     'ignore:.*(pin_memory|tensorboardX|many workers|number of training batches):UserWarning')  # advice of trainers
-def test_tools(run, tmp_path, monkeypatch):
+def test_tools(run, tmp_path, monkeypatch, request):
+    request.addfinalizer(torch.distributed.destroy_process_group)  # which the page leaves behind
     monkeypatch.setattr(
         torch.distributed, 'init_process_group', partial(
             torch.distributed.init_process_group, init_method=f'file://{tmp_path}/meet', rank=0, world_size=1))
