@@ -217,6 +217,14 @@ def lines_of(out, pattern):
     return [line for line in out.splitlines() if re.search(pattern, line)]
 
 
+def test_the_machine_comes_with_the_settings_that_times_depend_on(monkeypatch):
+    monkeypatch.delenv('MALLOC_MMAP_MAX_', raising=False)
+    assert 'MALLOC_MMAP_MAX_' not in backends.machine()
+    monkeypatch.setenv('MALLOC_MMAP_MAX_', '0')
+    monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'AVX2')
+    assert {'MALLOC_MMAP_MAX_=0', 'ONEDNN_MAX_CPU_ISA=AVX2'} <= set(backends.machine().split(', '))
+
+
 def test_the_page(small, capsys):
     assert main(['backends', 'smpconv_tiny', '--image-size', '64', '--batch', '2', '1', '--device', 'cpu']) == 0
     out, err = capsys.readouterr()

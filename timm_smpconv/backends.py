@@ -367,13 +367,17 @@ def summary(results: Iterable[Result], worst: int = 10) -> List[str]:
     return lines
 
 
+# Environment variables on which times depend: what oneDNN may use, and whether the C library keeps memory.
+_SETTINGS = ('ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 'MALLOC_MMAP_MAX_', 'MALLOC_TRIM_THRESHOLD_')
+
+
 def machine() -> str:
-    """One line on the processor, the GPU and the versions."""
+    """One line on the processor, the GPU, the settings and the versions."""
     onednn = re.search(r'MKL-DNN v([\d.]+)', torch.__config__.show())
     parts = [
         _processor(), f'{os.cpu_count()} cores', f'{torch.get_num_threads()} threads',
         torch.backends.cpu.get_cpu_capability(), f'oneDNN {onednn[1] if onednn else "none"}',
-        *(f'{name}={os.environ[name]}' for name in ('ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA') if name in os.environ),
+        *(f'{name}={os.environ[name]}' for name in _SETTINGS if name in os.environ),
         f'torch {torch.__version__}', f'timm {timm.__version__}', f'timm_smpconv {__version__}',
         f'Python {platform.python_version()}']
     if torch.cuda.is_available():
