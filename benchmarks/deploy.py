@@ -18,8 +18,7 @@ from benchmarks.cpu import shaken
 from benchmarks.timing import agree, machine, paired
 from timm_smpconv import prepack
 from timm_smpconv.merged import MergedConv2d
-from timm_smpconv.ops import use_backend
-from timm_smpconv.ops.choice import ONEDNN_DTYPES
+from timm_smpconv.ops import cpu, use_backend
 
 DTYPES = {torch.float32: 'f32', torch.bfloat16: 'bf16'}
 
@@ -30,7 +29,7 @@ def engines(merged, batch, folder):
     And for each dtype the milliseconds of all convolutions, each alone by its fastest way: what eager code could reach
     if nothing else took time and every weight were in the cache. bfloat16 is left out where the CPU has none.
     """
-    dtypes = [dtype for dtype in DTYPES if dtype in ONEDNN_DTYPES]
+    dtypes = [dtype for dtype in DTYPES if dtype in cpu.HERE.onednn]
     image = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     path = str(Path(folder) / 'merged.onnx')
     torch.onnx.export(

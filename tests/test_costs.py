@@ -15,20 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_smpconv import depthwise_conv2d
-from timm_smpconv.ops import choice, costs
+from timm_smpconv.ops import choice, costs, cpu
 from timm_smpconv.ops.choice import PASSES, choose
 
-MACHINES = {'AVX-512': 'AVX512', 'AVX2': 'AVX2', 'neither': 'DEFAULT'}
+MACHINES = {
+    name: cpu.CPU(capability, frozenset([torch.float32]))
+    for name, capability in (('AVX-512', 'AVX512'), ('AVX2', 'AVX2'), ('neither', 'DEFAULT'))}
 
 
 @pytest.fixture
 def on(monkeypatch):
     """A function that makes this CPU one of `MACHINES`, of one thread, with oneDNN."""
     def on(name):
-        kind = costs.KINDS[MACHINES[name]]
-        monkeypatch.setattr(costs, 'KIND', kind)
-        monkeypatch.setattr(costs, 'rates', lambda: kind.one_thread)
-        monkeypatch.setattr(choice, 'ONEDNN_DTYPES', frozenset([torch.float32]))
+        monkeypatch.setattr(cpu, 'HERE', MACHINES[name])
+        monkeypatch.setattr(costs, 'rates', lambda: costs.fixed(1))
     return on
 
 
@@ -401,7 +401,7 @@ def test_costs_grow_with_the_work(machine, what, onednn, channels_last, on):
         assert times['fft'] < larger['fft'] < 6 * times['fft']
         # Two rows and columns more. Beyond its own program's widest kernel oneDNN may even be faster.
         wider = costs.expected(base._replace(k=k + 2, l=k + 2))
-        assert all(times[name] <= wider[name] for name in times) or k == costs.KIND.widest
+        assert all(times[name] <= wider[name] for name in times) or k == costs.kind().widest
 
 
 @pytest.mark.parametrize('machine', MACHINES)
@@ -469,7 +469,7 @@ def test_the_choice_follows_the_vector_length(machine, k, name, on):
 def test_the_choice_without_onednn(machine, without, on, monkeypatch):
     on(machine)
     if without == 'at all':
-        monkeypatch.setattr(choice, 'ONEDNN_DTYPES', frozenset())
+        monkeypatch.setattr(cpu, 'HERE', cpu.HERE._replace(onednn=frozenset()))
     x = image(1, 64, 28, dtype=torch.float64 if without == 'for the dtype' else torch.float32)
     with torch.backends.mkldnn.flags(enabled=without != 'by request'):
         for what in PASSES:
@@ -479,6 +479,6 @@ def test_the_choice_without_onednn(machine, without, on, monkeypatch):
 def test_half_precision_has_its_working_dtype(on, monkeypatch):
     on('AVX-512')
     assert choice.case_of('output', image(1, 64, 28, dtype=torch.bfloat16), 9, 9).itemsize == 4  # oneDNN lacks it
-    monkeypatch.setattr(choice, 'ONEDNN_DTYPES', frozenset([torch.float32, torch.bfloat16]))
+    monkeypatch.setattr(cpu, 'HERE', cpu.HERE._replace(onednn=frozenset([torch.float32, torch.bfloat16])))
     assert choice.case_of('output', image(1, 64, 28, dtype=torch.bfloat16), 9, 9) == costs.Case(
         'output', True, False, 2, 1, 64, 28, 28, 9, 9)

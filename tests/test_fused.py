@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_smpconv import RepSMPConv2d, prepack
 from timm_smpconv.layers import ConvNorm
 from timm_smpconv.merged import MergedConv2d
-from timm_smpconv.ops import conv2d_in_steps, costs, fused, fused_conv2d, use_backend
+from timm_smpconv.ops import conv2d_in_steps, costs, cpu, fused, fused_conv2d, private, use_backend
 
 BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
-    torch.bfloat16 not in fused._DTYPES, reason='oneDNN computes bfloat16 on CPUs with AVX-512 only'))
+    torch.bfloat16 not in private.onednn_dtypes(), reason='oneDNN computes bfloat16 on CPUs with AVX-512 only'))
 ACTIVATE = {'none': lambda y: y, 'relu': torch.relu, 'gelu': F.gelu}
 # (channels, channels out, groups, kernel, stride, padding, dilation, (H, W))
 GEOMETRIES = {
@@ -56,7 +56,7 @@ def enabled(monkeypatch):
 
     It is expected to be the fastest by the usual rates, not by those that a busy machine may measure.
     """
-    monkeypatch.setattr(fused, 'ENABLED', True)
+    monkeypatch.setattr(cpu, 'HERE', cpu.CPU('AVX512', private.onednn_dtypes()))
     monkeypatch.setattr(costs, 'rates', lambda: costs.fixed(torch.get_num_threads()))
 
 
@@ -344,10 +344,10 @@ def test_onednn_has_no_reference_program_behind_what_is_fused(isa):
     """`ONEDNN_VERBOSE=1` prints the program of every call. Reference programs are loops, 100 times slower."""
     code = '''
 import sys, torch
-from timm_smpconv.ops import fused
+from timm_smpconv.ops import cpu, fused
 sys.path.insert(0, sys.argv[1])
 from test_fused import GEOMETRIES, make
-fused.ENABLED = True
+cpu.HERE = cpu.HERE._replace(capability='AVX512')
 with torch.no_grad():
     for geometry in GEOMETRIES:
         for activation, adds in (('none', False), ('gelu', False), ('none', True)):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from conftest import TOLERANCE, difference
 from torch.autograd import forward_ad
 
-from timm_smpconv.ops import PackedWeight, choice, depthwise_conv2d, fused, fused_conv2d, private
+from timm_smpconv.ops import PackedWeight, cpu, depthwise_conv2d, fused, fused_conv2d, private
 
 
 class Without:
@@ -37,9 +37,8 @@ def packed(x, weight):
 def test_the_operators_work_without(name, convolve, monkeypatch):
     monkeypatch.setattr(private, 'torch', Without(torch, name))
     monkeypatch.setattr(private, 'forward_ad', Without(forward_ad, name))
-    monkeypatch.setattr(fused, 'ENABLED', True)
     monkeypatch.setattr(fused, '_convolve', private.pointwise_convolution())
-    monkeypatch.setattr(choice, 'ONEDNN_DTYPES', private.onednn_dtypes())
+    monkeypatch.setattr(cpu, 'HERE', cpu.CPU('AVX512', private.onednn_dtypes()))
     x = torch.randn(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(4, 1, 13, 13) / 13
 

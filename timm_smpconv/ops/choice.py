@@ -10,7 +10,7 @@ from typing import Callable, Generator, Optional, Sequence, Tuple
 
 import torch
 
-from . import costs, private, race
+from . import costs, cpu, race
 from .backends import BACKENDS, RACED, Backend
 
 __all__ = ['use_backend']
@@ -61,7 +61,6 @@ def check_backend(argument: str, name: str) -> None:
         raise ValueError(f'{argument} must be one of {", ".join(BACKENDS)}, got {name!r}')
 
 
-ONEDNN_DTYPES = private.onednn_dtypes()
 PASSES = ('output', 'input gradient', 'weight gradient')
 
 
@@ -97,7 +96,7 @@ def case_of(what: str, x: torch.Tensor, k: int, l: int) -> costs.Case:
     dy, dx = margins(x, k, l)
     k, l = k - 2 * dy, l - 2 * dx
     dtype = working_dtype(x, l)
-    onednn = dtype in ONEDNN_DTYPES and bool(torch.backends.mkldnn.enabled)
+    onednn = dtype in cpu.HERE.onednn and bool(torch.backends.mkldnn.enabled)
     b, c, h, w = x.shape
     return costs.Case(what, onednn, memory_format(x) == torch.channels_last, dtype.itemsize, b, c, h, w, k, l)
 
@@ -226,7 +225,7 @@ def working_dtype(x: torch.Tensor, l: int) -> torch.dtype:
         return x.dtype
     # Without oneDNN a float16 convolution takes 70 times as long as in float32 (C 64, 28×28, 27×27: 95 ms and 1.3).
     # In bfloat16, with 2 to 16 channels, at least 32 columns and a kernel wider than 14, oneDNN 3.12 never returns.
-    if x.dtype not in ONEDNN_DTYPES or (x.shape[1] <= 16 and l > 14):
+    if x.dtype not in cpu.HERE.onednn or (x.shape[1] <= 16 and l > 14):
         return torch.float32
     return x.dtype
 

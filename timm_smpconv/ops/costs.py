@@ -17,6 +17,7 @@ from typing import Callable, Dict, List, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from . import cpu
 from .backends import fft, native
 
 __all__ = ['Case', 'Kind', 'Rates', 'expected', 'fixed', 'rates']
@@ -58,11 +59,15 @@ KINDS = {
     'AVX2': _AVX2,
     'DEFAULT': _AVX2._replace(widest=7, lanes=4),  # not measured
 }
-KIND = KINDS.get(torch.backends.cpu.get_cpu_capability(), KINDS['DEFAULT'])
 
 _SECONDS = 0.05  # after which a measurement ends
 _measured: Dict[int, Rates] = {}
 _lock = threading.Lock()
+
+
+def kind() -> Kind:
+    """What is known of this CPU."""
+    return KINDS.get(cpu.HERE.capability, KINDS['DEFAULT'])
 
 
 class Case(NamedTuple):
@@ -118,7 +123,7 @@ def rates() -> Rates:
 
 def fixed(threads: int) -> Rates:
     """The rates of the CPUs that the fit is of."""
-    return KIND.two_threads if threads > 1 else KIND.one_thread
+    return kind().two_threads if threads > 1 else kind().one_thread
 
 
 def _settled(found: Rates, usual: Rates) -> Rates:
@@ -203,14 +208,14 @@ def _multiplications(case: Case) -> float:
     Of the columns of a wide kernel that meet nothing but padding, a fifth is not skipped.
     """
     m, n = case.k // 2, case.l // 2
-    skipped = n * (n + 1) / case.w * (0.8 if case.l > KIND.widest else 1)
+    skipped = n * (n + 1) / case.w * (0.8 if case.l > kind().widest else 1)
     taps = (case.k - m * (m + 1) / case.h) * (case.l - skipped) + 5.5
-    return case.b * -(-case.c // KIND.lanes) * KIND.lanes * case.h * case.w * taps
+    return case.b * -(-case.c // kind().lanes) * kind().lanes * case.h * case.w * taps
 
 
 def _products(case: Case) -> float:
     """Products that a direct weight gradient sums, those with padding among them."""
-    return case.b * -(-case.c // KIND.lanes) * KIND.lanes * case.h * case.w * case.k * case.l
+    return case.b * -(-case.c // kind().lanes) * kind().lanes * case.h * case.w * case.k * case.l
 
 
 def _units(case: Case) -> float:
@@ -250,12 +255,12 @@ def expected(case: Case, is_transformed: bool = False) -> Dict[str, float]:
         'fft': transformed + flip,
     }
     if case.what == 'input gradient' and case.onednn:  # a program of its own
-        if case.l > KIND.widest:
-            rate = KIND.wide_gradient * r.wide
+        if case.l > kind().widest:
+            rate = kind().wide_gradient * r.wide
         elif own:
-            rate = KIND.narrow_gradient * r.narrow
+            rate = kind().narrow_gradient * r.narrow
         else:
-            rate = (1.7 if case.l > 9 or KIND.lanes < 16 else 1.45) * r.narrow
+            rate = (1.7 if case.l > 9 or kind().lanes < 16 else 1.45) * r.narrow
         times['native'] = _CALL + rate * _multiplications(case)
     return times
 
@@ -264,12 +269,12 @@ def _direct(case: Case, r: Rates, channels_last: bool) -> float:
     """A direct convolution."""
     if not case.onednn:  # a loop that prefers contiguous
         rate = 5. if not channels_last else 10.
-    elif channels_last and case.l <= min(11, KIND.widest):
+    elif channels_last and case.l <= min(11, kind().widest):
         rate = r.narrow
     elif channels_last:
-        rate = r.wide if case.l > KIND.widest else 2.9 * r.wide
+        rate = r.wide if case.l > kind().widest else 2.9 * r.wide
     else:
-        rate = (1.2 if case.l <= KIND.widest else 26) * r.narrow
+        rate = (1.2 if case.l <= kind().widest else 26) * r.narrow
     return _CALL + rate * (0.6 if case.itemsize < 4 else 1) * _multiplications(case)
 
 

@@ -18,7 +18,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import choice, private
+from . import choice, cpu, private
 from .backends import fft
 from .depthwise import check_exportable, depthwise_conv2d
 
@@ -31,10 +31,6 @@ ACTIVATIONS = ('none', 'relu', 'gelu')
 # depthwise convolution by one of its backends.
 WAYS = ('matrix product', 'one pass', 'native', 'contiguous', 'channels_last', 'fft')
 
-# With AVX2 too oneDNN has programs of its own for all that is fused here (`ONEDNN_VERBOSE=1` names them: brgconv_1x1,
-# brg_conv_fwd, brgdmm_dw); elsewhere it may compute an activation by its reference program.
-ENABLED = torch.backends.cpu.get_cpu_capability() in ('AVX512', 'AVX2')
-_DTYPES = choice.ONEDNN_DTYPES & {torch.float32, torch.bfloat16}
 _convolve: Any = private.pointwise_convolution()
 _multiply: Any = private.pointwise_linear()
 _ROUNDS = 5  # of `measure`
@@ -281,7 +277,7 @@ def _fits_one_pass(
         residual: Optional[torch.Tensor],
 ) -> bool:
     """Whether one pass is available and equivalent. Invalid shapes do not fit."""
-    if not ENABLED or _convolve is None or x.dtype not in _DTYPES:
+    if _convolve is None or not cpu.HERE.fuses(x.dtype):
         return False
     if weight.ndim != 4 or x.shape[1] != weight.shape[1] * geometry.groups or min(geometry.stride) < 1:
         return False
