@@ -33,7 +33,7 @@ def spread(kernel, low=-0.9, high=0.9):
 
 def oracle(kernel, size):
     """The kernel at a size, by the loops, and by the cell areas of both grids."""
-    area = math.prod((n - 1) / (k - 1) for n, k in zip(kernel.native_size, size) if k > 1)
+    area = math.prod((n - 1) / (k - 1) for n, k in zip(kernel.trained_size, size) if k > 1)
     return kernel_loop(kernel.coords, kernel.radius, kernel.weight, size, kernel.average) * area
 
 
@@ -51,7 +51,7 @@ def test_a_resized_kernel_equals_the_loops_with_every_gradient(native, size, ave
         assert difference(a, e) < TOLERANCE[torch.float64]
 
 
-def test_the_native_size_brings_the_very_same_kernel_back():
+def test_the_trained_size_brings_the_very_same_kernel_back():
     kernel = spread(SMPKernel(3, (7, 9), 6))
     before = kernel()
     assert torch.equal(kernel.resize((13, 5)).resize((7, 9))(), before)
@@ -316,7 +316,7 @@ def test_what_is_refused_leaves_the_model_unchanged(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         resize_kernels(model, **arguments)
     assert kernel_sizes(model) == before
-    assert all(m.size == m.native_size and m.scale == 1 for m in model.modules() if isinstance(m, SMPKernel))
+    assert all(m.size == m.trained_size and m.scale == 1 for m in model.modules() if isinstance(m, SMPKernel))
 
 
 @pytest.mark.parametrize('make,message', [
@@ -375,7 +375,7 @@ def test_a_dilated_layer_equals_the_loops_and_merges(k, small, d):
     layer = shake_norms(RepSMPConv2d(3, k, small, 6, dilation=d, dtype=torch.float64)).eval()
     kernel = spread(layer.large.conv.kernel)
     size = layer.large.conv.kernel_size
-    assert size == tuple(d * (n - 1) + 1 for n in kernel.native_size)
+    assert size == tuple(d * (n - 1) + 1 for n in kernel.trained_size)
     assert layer.state_dict().keys() == RepSMPConv2d(3, k, small, 6).state_dict().keys()
     x = torch.randn(2, 3, 11, 12, dtype=torch.float64)
     expected = 0

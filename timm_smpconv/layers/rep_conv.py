@@ -161,7 +161,7 @@ class RepSMPConv2d(RepConv):
             small: nn.Conv2d = DepthwiseConv2d(channels, (k, l), bias=False, **dd)
         else:
             conv.resize(dilated_size(large, dilation))
-            conv.built_size = conv.kernel_size
+            conv.trained_size = conv.kernel_size
             small = nn.Conv2d(
                 channels, channels, (k, l), padding=(dilation * (k // 2), dilation * (l // 2)), dilation=dilation,
                 groups=channels, bias=False, **dd)

@@ -26,7 +26,7 @@ __all__ = ['SMPConv1d', 'SMPConv2d']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
-for _name in ('check_images', 'check_sequences', 'crop_unreached'):
+for _name in ('check_images', 'check_sequences', 'crop_unreached'):  # FX wraps a function in one module at a time
     torch.fx.wrap(_name)
 
 
@@ -61,7 +61,7 @@ class _SMPConv(CheckedLoading):
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.dilation = kernel_size, dilation
-        self.built_size = kernel_size  # to which the `scale` of `resize_kernels` refers
+        self.trained_size = kernel_size  # to which the `scale` of `resize_kernels` refers
         self.depthwise = _is_depthwise(in_channels, out_channels, groups)
         if self.depthwise:
             shape: Any = dict(channels=in_channels)
@@ -82,11 +82,11 @@ class _SMPConv(CheckedLoading):
 
     def check_resize(self, kernel_size: Any) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
         """The size and the padding that `resize` would set; raises its ValueError if it would."""
-        size, native = self._check_size(kernel_size), tuple(self.kernel.native_size)
-        if any((k == 1) != (n == 1) for k, n in zip(size, native)):
+        size, trained = self._check_size(kernel_size), tuple(self.kernel.trained_size)
+        if any((k == 1) != (n == 1) for k, n in zip(size, trained)):
             raise ValueError(
                 f'kernel_size must be at least 3 on each axis, and 1 where it was built with 1 sample, got {size} for '
-                f'a kernel of {native}')
+                f'a kernel of {trained}')
         padding = tuple(p and p + k // 2 - old // 2 for p, k, old in zip(self.padding, size, self.kernel_size))
         if any(p > 0 and new < 1 for p, new in zip(self.padding, padding)):
             raise ValueError(
@@ -122,7 +122,7 @@ class _SMPConv(CheckedLoading):
             >>> SMPConv2d(8, 8, 31, padding=15, groups=8).resize(61)
             SMPConv2d(
               8, 8, kernel_size=(61, 61), stride=(1, 1), padding=(30, 30), groups=8, bias=True
-              (kernel): SMPKernel(8, size=(61, 61), points=240, groups=1, average=False, native_size=(31, 31))
+              (kernel): SMPKernel(8, size=(61, 61), points=240, groups=1, average=False, trained_size=(31, 31))
             )
         """
         size, padding = self.check_resize(kernel_size)

@@ -69,8 +69,8 @@ class SMPKernel(nn.Module):
         radius: (G, P).
         weight: (G, C, P).
         size: The size it is rendered at.
-        native_size: The size it was built with, to which `weight` belongs.
-        scale: Factor on the entries at `size`, 1 at `native_size`; see `resize`.
+        trained_size: The size it was built with, to which `weight` belongs.
+        scale: Factor on the entries at `size`, 1 at `trained_size`; see `resize`.
 
     Raises:
         ValueError: An argument breaks the rules above.
@@ -98,7 +98,7 @@ class SMPKernel(nn.Module):
     ):
         super().__init__()
         self.size = check_size(size)
-        self.native_size = list(self.size)
+        self.trained_size = list(self.size)
         self.scale = 1.
         for name, value in (('channels', channels), ('points', points), ('groups', groups)):
             if value < 1:
@@ -154,7 +154,7 @@ class SMPKernel(nn.Module):
 
         A network knows the sum, without :math:`h^D`. A grid of another spacing h' would multiply it by about
         :math:`(h / h')^D`, so the entries are multiplied by :math:`(h' / h)^D`: in 2-D by
-        :math:`((K - 1) / (K' - 1))^2` from a native size of K to K'. This keeps the integral, which is the response to
+        :math:`((K - 1) / (K' - 1))^2` from a trained size of K to K'. This keeps the integral, which is the response to
         a constant map, and with it the mean and variance that a BatchNorm behind the convolution has learned. In a
         whole network small differences add up: take its statistics anew (docs/kernel-size.md).
 
@@ -162,10 +162,10 @@ class SMPKernel(nn.Module):
         so on coarse grids. A point of a radius below the spacing may fall between the samples and vanish.
 
         Parameters do not change, so the state dict fits a kernel of any size. It always describes the kernel at
-        `native_size`, also after training at another size.
+        `trained_size`, also after training at another size.
 
         Args:
-            size: As many axes as before, each at least 2; an axis of native size 1, which has no spacing, stays 1.
+            size: As many axes as before, each at least 2; an axis of trained size 1, which has no spacing, stays 1.
 
         Returns:
             This module.
@@ -183,13 +183,13 @@ class SMPKernel(nn.Module):
             True
         """
         size = check_size(size)
-        if len(size) != len(self.native_size) or any(
-                (k == 1) != (native == 1) for k, native in zip(size, self.native_size)):
+        if len(size) != len(self.trained_size) or any(
+                (k == 1) != (trained == 1) for k, trained in zip(size, self.trained_size)):
             raise ValueError(
-                f'size must be at least 2 on each axis, and 1 where the native size {tuple(self.native_size)} is 1, '
+                f'size must be at least 2 on each axis, and 1 where the trained size {tuple(self.trained_size)} is 1, '
                 f'got {tuple(size)}')
         self.size = size
-        self.scale = math.prod((native - 1) / (k - 1) for k, native in zip(size, self.native_size) if k > 1)
+        self.scale = math.prod((trained - 1) / (k - 1) for k, trained in zip(size, self.trained_size) if k > 1)
         return self
 
     def check_entry(self, name: str, key: str, value: torch.Tensor) -> None:
@@ -228,6 +228,6 @@ class SMPKernel(nn.Module):
 
     def extra_repr(self) -> str:
         groups, channels, points = self.weight.shape
-        native = '' if self.size == self.native_size else f', native_size={tuple(self.native_size)}'
+        trained = '' if self.size == self.trained_size else f', trained_size={tuple(self.trained_size)}'
         return (
-            f'{channels}, size={tuple(self.size)}, points={points}, groups={groups}, average={self.average}{native}')
+            f'{channels}, size={tuple(self.size)}, points={points}, groups={groups}, average={self.average}{trained}')

@@ -76,9 +76,9 @@ class SequenceStem(Stem):
         self.in_chans = in_chans
         self.seq_len = seq_len
         self.merged = merged
-        self.length = kernel_length
+        self.trained_length = kernel_length
         self.built_seq_len = seq_len
-        self.rendered_length = kernel_length
+        self.kernel_length_now = kernel_length
         self.register_buffer('kernel_length', torch.empty([], dtype=torch.long, device=device))
         permutation = torch.empty(seq_len, dtype=torch.long, device=device) if permuted else None
         self.register_buffer('permutation', permutation)
@@ -88,7 +88,7 @@ class SequenceStem(Stem):
     @torch.jit.ignore
     def initial_buffers(self) -> Dict[str, torch.Tensor]:
         """The values of the buffers. The permutation is the authors': the first draw after `np.random.seed(0)`."""
-        found = {'kernel_length': torch.tensor(self.length, device='cpu')}
+        found = {'kernel_length': torch.tensor(self.trained_length, device='cpu')}
         if self.permutation is not None:
             found['permutation'] = torch.tensor(
                 np.random.RandomState(0).permutation(self.seq_len).tolist(), device='cpu')
@@ -106,15 +106,15 @@ class SequenceStem(Stem):
         Args:
             kernel_length: That at which the kernels are rendered.
         """
-        self.rendered_length = kernel_length
-        self.seq_len = round((self.built_seq_len - 1) * (kernel_length - 1) / (self.length - 1)) + 1
+        self.kernel_length_now = kernel_length
+        self.seq_len = round((self.built_seq_len - 1) * (kernel_length - 1) / (self.trained_length - 1)) + 1
 
     def fuse(self) -> Stem:
         """The stem of a network with merged kernels, whose length is the one at which they were rendered."""
         merged: Any = super().fuse()
         if merged is not self:
-            merged.length = self.rendered_length
-            merged.kernel_length.fill_(self.rendered_length)
+            merged.trained_length = self.kernel_length_now
+            merged.kernel_length.fill_(self.kernel_length_now)
         return merged
 
     @torch.jit.ignore
@@ -128,8 +128,9 @@ class SequenceStem(Stem):
         """
         if value.is_meta:
             return
-        if name == 'kernel_length' and value.item() != self.length:
-            raise ValueError(f'{key} must be {self.length}, the length of the kernels of the model, got {value.item()}')
+        if name == 'kernel_length' and value.item() != self.trained_length:
+            raise ValueError(
+                f'{key} must be {self.trained_length}, the length of the kernels of the model, got {value.item()}')
         if name == 'permutation':
             missing = sorted(set(range(len(value))) - set(value.tolist()))
             if missing:
@@ -283,7 +284,7 @@ class SMPTCN(SMPNet):
     @property
     def kernel_length(self) -> int:
         """Length of the kernels that a checkpoint of this network has."""
-        return self.stem.length
+        return self.stem.trained_length
 
     @torch.jit.ignore
     def authors_buffers(self) -> Dict[str, torch.Tensor]:

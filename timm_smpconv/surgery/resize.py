@@ -72,7 +72,8 @@ def resize_kernels(
     else:
         sizes = dict.fromkeys(convs, kernel_sizes)
 
-    stems = {name: module for name, module in modules.items() if hasattr(module, 'rendered_length')}
+    # Of sequence networks: they know the length of the kernels behind them.
+    stems: Dict[str, Any] = {name: module for name, module in modules.items() if hasattr(module, 'kernel_length_now')}
     if any(stem.permutation is not None for stem in stems.values()):
         raise ValueError('model must not permute its samples, since a kernel means nothing between them')
     layers: Dict[str, Any] = {}
@@ -102,7 +103,7 @@ def _scaled(convs: _Convs, scale: float) -> Dict[str, Any]:
         return step * round(scale * (k - 1) / step) + 1
 
     return {
-        name: tuple(scaled(k, 1 if getattr(conv, 'causal', False) else 2) for k in conv.built_size)
+        name: tuple(scaled(k, 1 if getattr(conv, 'causal', False) else 2) for k in conv.trained_size)
         for name, conv in convs.items()}
 
 
