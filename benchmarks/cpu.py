@@ -20,8 +20,9 @@ from timm.utils import reparameterize_model
 
 from benchmarks.family import family
 from benchmarks.timing import agree, machine, paired
-from timm_smpconv import backends, prepack
+from timm_smpconv import prepack
 from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
+from timm_smpconv.tools import backend_report
 
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 ON_CPU = {name: backend for name, backend in BACKENDS.items() if name != 'triton'}
@@ -58,36 +59,36 @@ def choice(args):
     """
     found = [
         case for name in ('smpconv_tiny', 'smpconv_mobile51')
-        for case in backends.cases(
+        for case in backend_report.cases(
             timm.create_model(name, device='meta'), (3, 224, 224), sorted(args.batch), (False, True))]
-    print(backends.rates())
+    print(backend_report.rates())
     results = []
     groups = groupby(sorted(found, key=lambda case: (case.b, case.channels_last)), key=lambda case: case.setting)
     ordered = (case for _, group in groups for case in group)
     for setting, group in groupby(
-            backends.measure_all(ordered, check_against_double), key=lambda result: result.case.setting):
+            backend_report.measure_all(ordered, check_against_double), key=lambda result: result.case.setting):
         print(f'\n{setting}')
-        print(backends.header(True, 'cpu'))
+        print(backend_report.header(True, 'cpu'))
         for result in group:
-            print(backends.row(result), flush=True)
+            print(backend_report.row(result), flush=True)
             results.append(result)
-    print('', *backends.summary(results), sep='\n')
+    print('', *backend_report.summary(results), sep='\n')
     natives = [r.times['native'] / r.times[r.taken] for r in results if 'native' in r.times]
     print(f'native, where timed: {statistics.geometric_mean(natives):.2f} × the time of what is taken (geometric mean '
           f'of {len(natives)}), at least {min(natives):.2f}, at most {max(natives):.1f} ×')
 
 
 def check_against_double(case, name, actual):
-    tensors = (t.double() for t in backends.inputs(case))
-    agree(f'{case} by {name}', actual, backends.run(case, *tensors, 'fft'), 1e-5)
+    tensors = (t.double() for t in backend_report.inputs(case))
+    agree(f'{case} by {name}', actual, backend_report.run(case, *tensors, 'fft'), 1e-5)
 
 
 def growth(args):
     """51×51 on 56×56 against 31×31, 96 channels, by the backends taken: output and both gradients."""
     ratios = {}
-    for batch, last, what in product(args.batch, (False, True), backends.PASSES):
-        pair = {k: backends.Case(what, batch, 96, 56, 56, k, k, last) for k in (31, 51)}
-        runs = {k: partial(backends.run, case, *backends.inputs(case)) for k, case in pair.items()}
+    for batch, last, what in product(args.batch, (False, True), backend_report.PASSES):
+        pair = {k: backend_report.Case(what, batch, 96, 56, 56, k, k, last) for k in (31, 51)}
+        runs = {k: partial(backend_report.run, case, *backend_report.inputs(case)) for k, case in pair.items()}
         with torch.inference_mode():
             times = paired(runs, args.rounds)
         ratios[pair[51]] = times[51] / times[31]

@@ -17,7 +17,7 @@ from timm.utils import reparameterize_model
 from benchmarks.cpu import shaken
 from benchmarks.timing import agree, machine, paired
 from timm_smpconv import prepack
-from timm_smpconv.merged import MergedConv2d
+from timm_smpconv.layers.merged import MergedConv2d
 from timm_smpconv.ops import cpu, use_backend
 
 DTYPES = {torch.float32: 'f32', torch.bfloat16: 'bf16'}

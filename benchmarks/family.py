@@ -17,9 +17,9 @@ from timm.utils import reparameterize_model
 
 from benchmarks.timing import agree, paired
 from timm_smpconv import SMPConv1d, SMPConv2d, prepack
-from timm_smpconv.kernel import grid
-from timm_smpconv.layers import CausalConv1d
-from timm_smpconv.merged import MergedConv1d, MergedLargeConv2d
+from timm_smpconv.layers.merged import MergedConv1d, MergedLargeConv2d
+from timm_smpconv.layers.small_conv import CausalConv1d
+from timm_smpconv.ops.render import grid
 
 NETWORKS = {  # batch, whether the authors' code takes the FFT
     'smpconv_resnet_cifar10': (64, False),

@@ -21,7 +21,7 @@ from timm.utils import reparameterize_model
 
 from benchmarks.cpu import shaken
 from benchmarks.timing import machine, paired
-from timm_smpconv import demo
+from timm_smpconv.tools.demo import demo
 
 DEMO = 'smpconv_mobile31'
 Run = Callable[[torch.Tensor], torch.Tensor]

@@ -5,7 +5,7 @@ from typing import Callable, Dict
 
 import torch
 
-from timm_smpconv.backends import machine as machine
+from timm_smpconv.tools.backend_report import machine as machine
 
 
 def paired(

@@ -1,7 +1,8 @@
 """The oracle for the CIFAR-10 and the sequence networks, written plainly, with nothing of the package's layers.
 
-The plain networks themselves are in timm_smpconv/weights/authors_smp.py, since conversions are verified by them, too;
-here are random weights in the layout of the authors' code (smp/models, smp/ckconv/nn), and how the authors train.
+The plain networks themselves are in timm_smpconv/tools/authors_weights/authors_smp.py, since conversions are verified
+by them, too; here are random weights in the layout of the authors' code (smp/models, smp/ckconv/nn), and how the
+authors train.
 
 B batch, I input channels, O output channels, P points, K kernel size (one or two numbers), N size of the input
 """
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from reference import RandomWeights
 
-from timm_smpconv.weights.authors_smp import (
+from timm_smpconv.tools.authors_weights.authors_smp import (
     SIZES,
     convolve as convolve,
     in_authors_layout as in_authors_layout,

@@ -35,9 +35,9 @@ from torch.distributed.run import get_args_parser
 from torch.distributed.tensor import DTensor
 
 import timm_smpconv
-from timm_smpconv import pretrained
 from timm_smpconv.__main__ import main
-from timm_smpconv.recipe import recipe_names, recipe_path
+from timm_smpconv.training.recipes import recipe_names, recipe_path
+from timm_smpconv.weights import hub as pretrained
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -115,7 +115,7 @@ def test_kernel_size(run, capsys):
 
 def test_sequences(run):
     weights = timm.create_model('smpconv_tcn_ct').state_dict()
-    torch.save({'state_dict': weights}, 'last.ckpt')  # as tests/test_sequences.py sees Lightning write it
+    torch.save({'state_dict': weights}, 'last.ckpt')  # as tests/training/test_sequences.py sees Lightning write it
     *_, names = run('docs/sequences.md')
     assert difference(names['again'], names['logits']) < 1e-5
     assert torch.equal(names['model'].head.fc.weight, weights['head.fc.weight'])
@@ -185,7 +185,7 @@ def test_deployment(run, tmp_path, monkeypatch):
         assert difference(names['again'].eval()(image), names['model'](image)) < 1e-5
     for name in ('deep_lift', 'guided'):
         assert names[name].isfinite().all() and names[name].any(), name
-    assert names['relevance'].shape == names['pixels'].shape  # with random weights it overflows; tests/test_plain.py
+    assert names['relevance'].shape == names['pixels'].shape  # with random weights it overflows; see test_plain.py
     # As the page says of 1,000 classes; the model here has 10.
     assert round((names['macs'] + 990 * names['merged'].num_features) / 1e9, 3) == 5.668
     for name in ('found', 'by_module', 'by_operator'):
@@ -373,16 +373,12 @@ def test_commit_hooks_run_what_ci_runs():
     assert entries == ['ruff check', 'mypy'] and all(entry in script for entry in entries)
 
 
-def test_the_map_in_contributing_names_every_file():
+def test_the_map_in_contributing_names_every_room():
     section = PAGES['CONTRIBUTING.md'].split('## Where')[1].split('\n## ')[0]
-    cells = re.findall(r'^\| (`[^|]*`) \|', section, re.MULTILINE)
-    named = set()
-    for cell in cells:
-        first, *others = re.findall(r'`([^`]+)`', cell)  # the others are in the folder of the first
-        named |= {ROOT / first, *((ROOT / first).parent / other for other in others)}
-    assert not [path for path in named if not path.exists()]
-    package = ROOT / 'timm_smpconv'
-    assert {path for path in package.iterdir() if path.suffix == '.py' or path.name in ('ops', 'recipes')} <= named
+    rows = re.findall(r'^\| `([^`|]*)` \| (.*) \|$', section, re.MULTILINE)
+    assert {ROOT / room for room, _ in rows} == {path.parent for path in (ROOT / 'timm_smpconv').glob('*/__init__.py')}
+    named = [ROOT / room / file for room, row in rows for file in re.findall(r'`([^`]+(?:\.py|\.yaml|/))`', row)]
+    assert len(named) > 20 and not [path for path in named if not path.exists()]
 
 
 def anchors(text):

@@ -67,7 +67,7 @@ def metadata(wheel):
 def test_wheel_holds_the_package_and_nothing_else(wheel, metadata):
     expected = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob('*') if path.suffix in ('.py', '.yaml')}
     expected |= {path.name for path in ROOT.glob('timm_smpconv*.py')}  # modules beside the package
-    assert 'timm_smpconv/recipes/smpconv_tiny.yaml' in expected
+    assert 'timm_smpconv/training/recipes/smpconv_tiny.yaml' in expected
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if '.dist-info/' not in name]
         assert set(names) == expected | {'timm_smpconv/py.typed'} and len(set(names)) == len(names)
@@ -98,8 +98,9 @@ def test_tests_run_from_the_sdist(unpacked):
     where = run('-c', 'import timm_smpconv; print(timm_smpconv.__file__)', cwd=unpacked, env=environ)
     assert Path(where.strip()).parent == unpacked / 'timm_smpconv'
     output = run(
-        '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_kernel.py', 'tests/test_layers.py',
-        'tests/test_weights.py', 'tests/test_docs.py::test_commit_hooks_run_what_ci_runs', cwd=unpacked, env=environ)
+        '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/layers/test_kernel.py', 'tests/layers/test_layers.py',
+        'tests/weights/test_weights.py', 'tests/test_docs.py::test_commit_hooks_run_what_ci_runs',
+        cwd=unpacked, env=environ)
     assert re.search(r'^\d{2,} passed', output, re.MULTILINE), output
 
 
@@ -129,7 +130,7 @@ def test_installs_without_extras_and_runs_outside_the_checkout(wheel, metadata, 
         return result.stdout.strip() if code == 0 else result.stderr.strip()
 
     assert command('--version') == VERSION
-    assert command('recipe').splitlines() == sorted(path.stem for path in (PACKAGE / 'recipes').glob('*.yaml'))
+    assert command('recipe').splitlines() == sorted(path.stem for path in PACKAGE.glob('training/recipes/*.yaml'))
     recipe = Path(command('recipe', 'smpconv_tiny'))
     assert installed in recipe.parents and yaml.safe_load(recipe.read_text(encoding='utf-8'))['opt'] == 'smpadamw'
     (work / 'script.py').write_text(

@@ -3,14 +3,20 @@
 Importing this package registers them and their optimizers: `create_model("smpconv_tiny")`.
 """
 from . import startup as startup  # first
-from .checkpoint import CheckpointError as CheckpointError
-from .kernel import SMPKernel as SMPKernel, render_kernel as render_kernel
-from .layers import RepSMPConv2d as RepSMPConv2d, SMPConv1d as SMPConv1d, SMPConv2d as SMPConv2d
-from .merged import MergeError as MergeError, prepack as prepack
+from ._loading import CheckpointError as CheckpointError
+from .layers import (
+    MergeError as MergeError,
+    RepSMPConv2d as RepSMPConv2d,
+    SMPConv1d as SMPConv1d,
+    SMPConv2d as SMPConv2d,
+    SMPKernel as SMPKernel,
+)
+from .models import SMPTCN as SMPTCN, SMPConvNet as SMPConvNet, SMPResNet as SMPResNet
 from .ops import (
     causal_conv1d as causal_conv1d,
     depthwise_conv2d as depthwise_conv2d,
     large_conv2d as large_conv2d,
+    render_kernel as render_kernel,
     use_backend as use_backend,
 )
 from .optim import (
@@ -19,11 +25,12 @@ from .optim import (
     add_point_rules as add_point_rules,
     smp_param_groups as smp_param_groups,
 )
-from .plain import to_plain as to_plain
-from .replace import ReplaceReport as ReplaceReport, replace_depthwise as replace_depthwise
-from .resize import resize_kernels as resize_kernels
-from .smp_resnet import SMPResNet as SMPResNet
-from .smp_tcn import SMPTCN as SMPTCN
-from .smpconv import SMPConvNet as SMPConvNet
+from .surgery import (
+    ReplaceReport as ReplaceReport,
+    prepack as prepack,
+    replace_depthwise as replace_depthwise,
+    resize_kernels as resize_kernels,
+    to_plain as to_plain,
+)
 
 __version__ = '0.1.0'

@@ -7,6 +7,7 @@ positions and radii have no weight decay, the points' weights do. `SMPAdamW` and
 The rules are options of the parameter groups: groups of radii hold `radius_range` and `radius_lr_scale`. They are part
 of the optimizer's state dict, and copies and pickles keep them.
 """
+import logging
 import math
 from functools import partial, wraps
 from types import MethodType
@@ -18,11 +19,12 @@ import torch.nn as nn
 from timm.optim import OptimInfo
 from torch.optim import Optimizer
 
-from .compat import register_optimizer
-from .kernel import SMPKernel, check_points, live_kernels
+from .layers._checks import check_points
+from .layers.smp_kernel import SMPKernel, live_kernels
 
 __all__ = ['SMPAdam', 'SMPAdamW', 'add_point_rules', 'smp_param_groups']
 
+_logger = logging.getLogger(__name__)
 _OptimizerT = TypeVar('_OptimizerT', bound=Optimizer)
 
 
@@ -257,6 +259,26 @@ class SMPAdamW(SMPAdam, torch.optim.AdamW):
         >>> from timm_smpconv import SMPConv2d
         >>> optimizer = SMPAdamW(SMPConv2d(8, 8, 31, groups=8), lr=1e-3, weight_decay=0.05)
     """
+
+
+def register_optimizer(info: OptimInfo) -> None:
+    """Register an optimizer with timm, so that `create_optimizer_v2` and `train.py --opt` find it by name.
+
+    timm's registry is private. If it is gone, this logs a warning: the optimizer's class works as before, and timm
+    raises its own error for the name.
+
+    Example:
+        >>> import timm, timm_smpconv  # which registers its optimizers
+        >>> timm.optim.get_optimizer_info('smpadamw').opt_class is timm_smpconv.SMPAdamW
+        True
+    """
+    try:
+        from timm.optim._optim_factory import default_registry
+        default_registry.register(info)
+    except (ImportError, AttributeError, TypeError) as error:
+        _logger.warning(
+            'timm has no optimizer named %s: its registry was not found (%s). Use the class %s instead',
+            info.name, error, getattr(info.opt_class, '__name__', info.opt_class))
 
 
 for _name, _class, _base in (('smpadamw', SMPAdamW, torch.optim.AdamW), ('smpadam', SMPAdam, torch.optim.Adam)):

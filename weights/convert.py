@@ -4,7 +4,7 @@
 
 The folder holds model.safetensors, config.json and the model card README.md. It is written only if every key was used
 and the model read back from it gives the logits that the checkpoint gives in a plain network, as
-timm_smpconv/weights/conversion.py does it.
+timm_smpconv/tools/authors_weights/conversion.py does it.
 """
 import sys
 
@@ -18,9 +18,9 @@ try:
 
     sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
     from timm_smpconv import CheckpointError
-    from timm_smpconv.console import robust_output
-    from timm_smpconv.weights.conversion import ConversionError, convert
-    from timm_smpconv.weights.sources import SOURCES, SourcesError
+    from timm_smpconv.tools.authors_weights.conversion import ConversionError, convert
+    from timm_smpconv.tools.console import robust_output
+    from timm_smpconv.weights.hub import SOURCES, SourcesError
 except KeyboardInterrupt:  # these imports take seconds
     print('\nconvert: interrupted, nothing was written', file=sys.stderr)
     sys.exit(130)

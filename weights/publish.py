@@ -19,11 +19,18 @@ try:
     from huggingface_hub import HfApi, constants, get_token, hf_hub_download
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    from timm_smpconv.compat import file_sha256
-    from timm_smpconv.console import robust_output
-    from timm_smpconv.pretrained import _CLIENT_ERRORS, _first_line
-    from timm_smpconv.weights.card import with_address
-    from timm_smpconv.weights.sources import FILES, SOURCES, SourcesError, load_sources, record
+    from timm_smpconv.tools.authors_weights.card import with_address
+    from timm_smpconv.tools.authors_weights.sources import record
+    from timm_smpconv.tools.console import robust_output
+    from timm_smpconv.weights.hub import (
+        _CLIENT_ERRORS,
+        FILES,
+        SOURCES,
+        SourcesError,
+        _first_line,
+        file_sha256,
+        load_sources,
+    )
 except KeyboardInterrupt:  # these imports take seconds
     print('\npublish: interrupted; nothing was published', file=sys.stderr)
     sys.exit(130)
@@ -108,7 +115,7 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: b
         record(sources, name, {'sha256': hashes['model.safetensors'], 'commit': commit})
     except (OSError, KeyError) as error:
         raise PublishError(f'published, but --sources {sources} could not be updated: {error}') from error
-    print(f'recorded in {sources}; now add this line to BUILT_IN in timm_smpconv/pretrained.py:\n'
+    print(f'recorded in {sources}; now add this line to BUILT_IN in timm_smpconv/weights/hub.py:\n'
           f'    {name!r}: {hashes["model.safetensors"]!r},')
 
 

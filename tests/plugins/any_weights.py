@@ -1,5 +1,5 @@
 """For pytest's `-p`: accept any file as the built-in weights, also those whose hash is known."""
-from timm_smpconv import pretrained
+from timm_smpconv.weights import hub as pretrained
 
 pretrained.BUILT_IN.update(dict.fromkeys(pretrained.BUILT_IN))
 for entry in (listed := pretrained.load_sources()).values():

@@ -10,3 +10,4 @@ from .fused import (
     fused_conv2d as fused_conv2d,
     measure as measure,
 )
+from .render import render_kernel as render_kernel

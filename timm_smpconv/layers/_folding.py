@@ -1,0 +1,268 @@
+"""The rules of merging, and the arithmetic: convolutions, the BatchNorms behind or in front of them, and activations.
+
+Shapes: C channels, K kernel size, O and I output and input channels. A kernel has one or two axes.
+
+Everything is computed in float64 where the device supports that. A module is known by the `forward` that it runs:
+subclasses, and modules to which another forward was assigned, may compute something else and are refused with a
+`MergeError`.
+"""
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from typing import Any, Callable, Dict, Generator, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]  # torchvision carries no type hints
+
+from .merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
+
+__all__ = [
+    'Convolution', 'MergeError', 'absorb', 'add_small', 'affine', 'check_mode', 'exact', 'forward_of', 'merge',
+    'merge_parts', 'merging_in_training_mode', 'refused', 'values', 'with_norm']
+
+_training_is_allowed: ContextVar[bool] = ContextVar('_training_is_allowed', default=False)
+# How to get the weight, (O, I / groups, *K), of each kind of convolution; small_conv.py and smp_conv.py add their own.
+WEIGHTS: Dict[Any, Callable[[Any], torch.Tensor]] = dict.fromkeys(
+    (nn.Conv1d.forward, nn.Conv2d.forward, MergedConv2d.forward, MergedConv1d.forward, MergedLargeConv2d.forward),
+    lambda conv: conv.weight)
+_NORM_FORWARDS = (  # BatchNorm1d and BatchNorm2d have the same one
+    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, SyncBatchNormAct.forward)
+_FROZEN_NORM_FORWARDS = (FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)  # the same in training mode
+
+
+class MergeError(RuntimeError):
+    """A module cannot be merged exactly.
+
+    Args:
+        module: The class of the module.
+        reason: The rule it breaks and the value received.
+        path: Name of the module within the one that was to be merged.
+    """
+
+    def __init__(self, module: str, reason: str, path: str = ''):
+        super().__init__(module, reason, path)
+        self.module = module
+        self.reason = reason
+        self.path = path
+
+    def __str__(self) -> str:
+        return f'{self.path or self.module} {self.reason}'
+
+
+@contextmanager
+def merging_in_training_mode() -> Generator[None, None, None]:
+    """Let `fuse()` accept modules in training mode, in this thread or task.
+
+    Merging folds the running statistics in either mode. It normally raises in training mode, because a module then
+    computes with the statistics of the batch. timm's scripts merge before they call `eval()`.
+
+    Example:
+        >>> import timm, timm_smpconv
+        >>> model = timm.create_model('smpconv_mobile31', device='meta')
+        >>> with timm_smpconv.layers._folding.merging_in_training_mode():
+        ...     merged = timm.utils.reparameterize_model(model).eval()
+    """
+    token = _training_is_allowed.set(True)
+    try:
+        yield
+    finally:
+        _training_is_allowed.reset(token)
+
+
+def check_mode(module: nn.Module, path: str = '') -> None:
+    """Raise `MergeError` if `module` is in training mode, outside `merging_in_training_mode`."""
+    if module.training and not _training_is_allowed.get():
+        raise MergeError(
+            type(module).__name__,
+            'merges in evaluation mode only, got a module in training mode: call eval() on the model first', path)
+
+
+def merge(module: Any, path: str) -> nn.Module:
+    """`module.fuse()`; errors name the module by its path."""
+    try:
+        return module.fuse()
+    except MergeError as error:
+        raise MergeError(error.module, error.reason, f'{path}.{error.path}'.rstrip('.')) from None
+
+
+def merge_parts(module: nn.Module, skip: str = '') -> None:
+    """Replace every part of `module` that has a `fuse` method by what that returns: all parts, or none if one raises.
+
+    `timm.utils.reparameterize_model` replaces one part after the other, and goes on into those it has replaced.
+
+    Args:
+        module: It is changed in place.
+        skip: Name of a child that is left alone.
+
+    Raises:
+        MergeError: A part cannot be merged.
+    """
+    merged = []
+
+    def visit(parent: nn.Module, prefix: str) -> None:
+        for name, child in parent.named_children():
+            if prefix + name == skip:
+                continue
+            if hasattr(child, 'fuse'):
+                merged.append((parent, name, merge(child, prefix + name)))
+            else:
+                visit(child, f'{prefix}{name}.')
+
+    visit(module, '')
+    for parent, name, part in merged:
+        setattr(parent, name, part)
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The function behind the method `forward` of a module; None if it is not a method."""
+    return getattr(module.forward, '__func__', None)
+
+
+def refused(module: nn.Module, path: str, rule: str) -> MergeError:
+    """The error for a part that breaks a rule of merging."""
+    kind = type(module).__name__
+    return MergeError(kind, f'{rule} to be merged, got {kind}({module.extra_repr()})', path)
+
+
+class Convolution(NamedTuple):
+    """Values in the merging precision of a convolution with the geometry and dtype of `like`."""
+    like: Any
+    weight: torch.Tensor  # (O, I / groups, *K)
+    bias: Optional[torch.Tensor]  # (O,)
+
+    @property
+    def causal(self) -> bool:
+        return getattr(self.like, 'causal', False)
+
+    def is_pointwise(self) -> bool:
+        like = self.like
+        return set(self.weight.shape[2:]) == {1} and set(like.padding) == {0} and set(like.stride) == {1} and (
+            like.groups == 1)
+
+    def keeps_size(self) -> bool:
+        like, size = self.like, self.weight.shape[2:]
+        if set(like.stride) != {1}:
+            return False
+        if self.causal:
+            return set(like.dilation) == {1}
+        return all(k % 2 for k in size) and (
+            tuple(like.padding) == tuple(d * (k // 2) for k, d in zip(size, like.dilation)))
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight with zeros in the holes of its dilation."""
+        dilation, size = self.like.dilation, self.weight.shape[2:]
+        dense = self.weight.new_zeros(
+            *self.weight.shape[:2], *(d * (k - 1) + 1 for k, d in zip(size, dilation)))
+        taps: Any = (..., *(slice(None, None, d) for d in dilation))
+        dense[taps] = self.weight
+        return dense
+
+    def _is_large(self) -> bool:
+        dense_smp = hasattr(self.like, 'kernel') and self.like.groups == 1
+        return isinstance(self.like, MergedLargeConv2d) or (dense_smp and self.keeps_size())
+
+    def build(self) -> Any:
+        """The convolution as a plain module in evaluation mode; draws no random numbers."""
+        like, bias = self.like, self.bias is not None
+        size: Any = tuple(self.weight.shape[2:])
+        channels, dtype = (like.in_channels, like.out_channels), getattr(like, 'kernel', like).weight.dtype
+        dd = {'device': 'meta', 'dtype': dtype}
+        conv: Any
+        if self.weight.ndim == 3:
+            if tuple(like.dilation) != (1,):
+                raise refused(like, '', 'must have dilation 1')
+            conv = MergedConv1d(
+                *channels, size[0], like.stride[0], like.padding[0], like.groups, bias, self.causal, **dd)
+        elif self._is_large():
+            conv = MergedLargeConv2d(*channels, size, bias, **dd)
+        else:
+            conv = MergedConv2d(
+                *channels, size, like.stride, like.padding, like.dilation, like.groups, bias, **dd)
+        conv.weight = nn.Parameter(self.weight.detach().to(dtype))
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().to(dtype))
+        conv.training = False
+        return conv
+
+
+def values(conv: Any, path: str) -> Convolution:
+    """The values of a convolution that is padded with zeros and computes nothing else."""
+    weight = WEIGHTS.get(forward_of(conv))
+    plain = weight is not None and getattr(conv, 'padding_mode', 'zeros') == 'zeros' and (
+        not isinstance(conv.padding, str) and getattr(conv, 'activation', 'none') == 'none')
+    if weight is None or not plain:
+        raise refused(conv, path, 'must be an SMPConv1d, SMPConv2d, nn.Conv1d or nn.Conv2d padded with zeros')
+    return Convolution(conv, exact(weight(conv)), None if conv.bias is None else exact(conv.bias))
+
+
+def with_norm(conv: Convolution, norm: nn.Module, path: str) -> Convolution:
+    """The convolution that equals `norm` behind `conv`."""
+    scale, shift = affine(norm, path, len(conv.weight), conv.weight.device)
+    weight = conv.weight * scale.reshape(-1, *[1] * (conv.weight.ndim - 1))
+    return conv._replace(weight=weight, bias=shift if conv.bias is None else conv.bias * scale + shift)
+
+
+def add_small(large: Convolution, small: Convolution) -> Convolution:
+    """The convolution that equals the sum of a large and a small one: the small kernel is padded with zeros."""
+    for name, branch in (('large', large), ('small', small)):
+        if not branch.keeps_size():
+            raise refused(branch.like, name, 'must be a convolution that keeps the size')
+    if set(large.like.dilation) != {1}:
+        raise refused(large.like, 'large', 'must have dilation 1')
+    if small.weight.shape[:2] != large.weight.shape[:2] or small.causal != large.causal or (
+            small.weight.ndim != large.weight.ndim):
+        raise refused(small.like, 'small', 'must have the channels, groups and alignment of the large branch')
+    pad, taps = [], small.dense_weight()
+    for k, s in zip(reversed(large.weight.shape[2:]), reversed(taps.shape[2:])):
+        if s > k:
+            raise refused(small.like, 'small', 'must not be larger than the large branch')
+        pad += [k - s, 0] if large.causal else [(k - s) // 2] * 2
+    bias = large.bias if small.bias is None else small.bias if large.bias is None else large.bias + small.bias
+    return large._replace(weight=large.weight + F.pad(taps, pad), bias=bias)
+
+
+def affine(
+        norm: Any,
+        path: str,
+        channels: int,
+        device: Optional[torch.device] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift, (C,) each, that a BatchNorm applies in evaluation mode, in the merging precision."""
+    if forward_of(norm) is nn.Identity.forward:
+        return exact(torch.ones(channels, device=device)), exact(torch.zeros(channels, device=device))
+    if forward_of(norm) not in _NORM_FORWARDS + _FROZEN_NORM_FORWARDS:
+        raise refused(norm, path, 'must be a BatchNorm or an Identity')
+    for name in ('drop', 'act'):
+        part = getattr(norm, name, None)
+        if part is not None and forward_of(part) is not nn.Identity.forward:
+            raise refused(part, f'{path}.{name}', 'must be an Identity')
+    if norm.running_var is None:
+        raise refused(norm, path, 'must have running statistics')
+    if forward_of(norm) in _NORM_FORWARDS:
+        check_mode(norm, path)
+    scale = (exact(norm.running_var) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * exact(norm.weight)
+    shift = -exact(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + exact(norm.bias)
+
+
+def absorb(module: nn.Module, act: nn.Module) -> nn.Module:
+    """Let a `MergedConv2d` compute `act` if it can; returns the activation that is left to do."""
+    activation = None
+    if forward_of(act) is nn.ReLU.forward:
+        activation = 'relu'
+    elif isinstance(act, nn.GELU) and forward_of(act) is nn.GELU.forward and act.approximate == 'none':
+        activation = 'gelu'
+    if activation is None or not isinstance(module, MergedConv2d) or module.activation != 'none':
+        return deepcopy(act)
+    module.activation = activation
+    return nn.Identity().eval()
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    """x in the merging precision."""
+    return x.to(torch.float32 if x.device.type == 'mps' else torch.float64)

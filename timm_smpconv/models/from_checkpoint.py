@@ -1,0 +1,92 @@
+"""Build a network from its name and a checkpoint, which tells the arguments that the network was built with."""
+import textwrap
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Union
+
+import timm
+import torch
+import torch.nn as nn
+
+from ..weights.checkpoint import (
+    CheckpointError,
+    checkpoint_filter_fn,
+    count_classes,
+    count_inputs,
+    is_authors_layout,
+    read_checkpoint,
+    select_weights,
+)
+from ._base import SMPNet
+
+__all__ = ['build_network']
+
+
+def build_network(name: str, checkpoint: Optional[Path] = None, pretrained: bool = False) -> nn.Module:
+    """A network of timm in evaluation mode, with the weights of a checkpoint.
+
+    Classes and input channels are those of the checkpoint; of this package's networks also the length of the sequences
+    and whether the network is merged. EMA weights are preferred.
+
+    Args:
+        name: Of a registered model.
+        checkpoint: What `read_checkpoint` reads.
+        pretrained: Without a checkpoint, take the weights that timm downloads, not initial ones.
+
+    Raises:
+        ValueError: No model has this name, or its weights cannot be downloaded.
+        CheckpointError: The checkpoint cannot be read, or does not fit the model.
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> model = timm.create_model('smpconv_mobile31', num_classes=7, in_chans=1)
+        >>> save_file(model.state_dict(), 'model.safetensors')
+        >>> build_network('smpconv_mobile31', Path('model.safetensors')).num_classes
+        7
+    """
+    if not timm.is_model(name):
+        raise ValueError(f'MODEL must be a name that timm.list_models() lists, got {name!r}')
+    try:
+        model = timm.create_model(name, pretrained=pretrained and checkpoint is None)
+    except (OSError, RuntimeError) as error:  # an unknown tag; of the Hub's client
+        raise ValueError(f'MODEL {name!r} must have weights that can be loaded: {_short(error)}') from error
+    if checkpoint is not None:
+        content = read_checkpoint(checkpoint)
+        try:
+            state_dict = select_weights(content)[0]
+            model = timm.create_model(name, **_arguments(model, state_dict))
+            if isinstance(model, SMPNet):
+                state_dict = checkpoint_filter_fn(state_dict, model)
+            model.load_state_dict(state_dict)
+        except (RuntimeError, TypeError, ValueError) as error:  # of the loading; of arguments that no network has
+            raise CheckpointError(f'{checkpoint} must be a checkpoint of {name}, got: {_short(error)}') from error
+    return model.eval()
+
+
+def _arguments(like: nn.Module, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+    """The arguments of a network that a state dict was saved from."""
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    if isinstance(like, SMPNet):
+        arguments: Dict[str, Any] = dict(
+            num_classes=count_classes(shapes), in_chans=count_inputs(shapes, like.input_weights))
+        if not is_authors_layout(shapes) and not any(key.endswith('.kernel.coords') for key in shapes):
+            arguments['inference_mode'] = True
+        if 'stem.kernel_length' in shapes:
+            length = int(state_dict['stem.kernel_length'])
+            seq_len = shapes.get('stem.permutation', (length,))[0]
+            arguments.update(seq_len=seq_len, **({} if length == seq_len else dict(kernel_size=length)))
+    else:
+        cfg: Mapping[str, Any] = getattr(like, 'pretrained_cfg', None) or {}
+        arguments = dict(
+            num_classes=_size(shapes, cfg.get('classifier'), 0), in_chans=_size(shapes, cfg.get('first_conv'), 1))
+    return {key: value for key, value in arguments.items() if value or key == 'num_classes'}
+
+
+def _size(shapes: Mapping[str, Any], modules: Union[str, Iterable[str], None], dimension: int) -> int:
+    """A dimension of the weight of the first of some modules that has one, else 0."""
+    names: List[str] = [modules] if isinstance(modules, str) else list(modules or ())
+    found = (shapes[f'{name}.weight'] for name in names if f'{name}.weight' in shapes)
+    return next((shape[dimension] for shape in found if len(shape) > dimension), 0)
+
+
+def _short(error: Exception) -> str:
+    return textwrap.shorten(str(error), 400, placeholder=' …')

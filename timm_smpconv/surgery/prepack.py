@@ -1,0 +1,78 @@
+"""`prepack`: a merged model for inference alone, which keeps what its convolutions derive from their weights.
+
+Shapes: B batch, C channels, H and W height and width.
+"""
+from typing import Any, Dict, Optional, Tuple, cast
+
+import torch
+import torch.nn as nn
+
+from ..layers.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
+from ..ops import PackedKernel, PackedWeight, measure
+
+__all__ = ['prepack']
+
+
+def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Module:
+    """Freeze a merged model and let it cache what its convolutions derive from their weights.
+
+    The weights in oneDNN's format, on CPUs with AVX2 or AVX-512, and the transforms of large kernels where they are
+    convolved by FFT. Without prepacking they are derived again in every forward pass. A cached copy is made in the
+    first pass without gradients, and again when the size of the input or the weights change. Changes that PyTorch does
+    not count (in place through `.data` or NumPy, or by another process) go unnoticed: prepack again. The copies take as
+    much memory as the weights, or several times as much for transforms. Weights that require gradients again are not
+    cached, and weights in oneDNN's format are not where `fused_conv2d` does not compute in one pass.
+
+    With `images`, every convolution times on a CPU all the ways to compute it for inputs such as theirs, and takes the
+    fastest from then on. That takes about 20 forward passes. Inputs of another size, dtype, memory format or number of
+    threads are computed as without `images`. Call it again with other images to measure those as well.
+
+    Args:
+        model: Merged by `timm.utils.reparameterize_model`, or holding such models. It is changed in place.
+        images: What the model is called with, (B, C, H, W) of its dtype and memory format.
+
+    Returns:
+        The model, its parameters without `requires_grad`.
+
+    Raises:
+        ValueError: The model contains no merged convolution, or is in training mode and has images to measure.
+
+    Example:
+        >>> import timm, timm_smpconv
+        >>> model = timm.create_model('smpconv_mobile31', inference_mode=True).eval()
+        >>> model = timm_smpconv.prepack(model, torch.randn(1, 3, 64, 64))
+    """
+    merged = [m for m in model.modules() if isinstance(m, (MergedConv2d, MergedConv1d, MergedLargeConv2d))]
+    if not merged:
+        raise ValueError(
+            f'model must be merged (timm.utils.reparameterize_model), got {type(model).__name__} without a merged '
+            'convolution')
+    if images is not None and model.training:
+        raise ValueError('model must be in evaluation mode to be measured with images: call eval() first')
+    model.requires_grad_(False)
+    for module in merged:
+        if module.packed is None or images is None:
+            module.packed = PackedWeight() if isinstance(module, MergedConv2d) else PackedKernel()
+    if images is not None:
+        with torch.no_grad():
+            hooks = [module.register_forward_pre_hook(_measure, with_kwargs=True) for module in merged]
+            try:
+                model(images)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                for module in merged:
+                    if isinstance(module.packed, PackedKernel):
+                        module.packed.is_measuring = False
+    return model
+
+
+def _measure(module: Any, args: Tuple[torch.Tensor, ...], kwargs: Dict[str, torch.Tensor]) -> None:
+    """A forward pre-hook: time the ways to compute this convolution, and remember the fastest."""
+    if isinstance(module, MergedConv2d):
+        inputs = dict(zip(('x', 'residual'), args), **kwargs)
+        measure(
+            cast(PackedWeight, module.packed), inputs['x'], module.weight, module.bias, module.stride, module.padding,
+            module.dilation, module.groups, module.activation, inputs.get('residual'))
+    else:
+        module.packed.is_measuring = True

@@ -1,0 +1,243 @@
+"""Converts a checkpoint of the authors, or of timm's train.py, to a folder as the Hugging Face Hub has it.
+
+The folder holds model.safetensors, config.json and the model card README.md. It is written only if every key was used
+and the model read back from it gives the logits that the checkpoint gives in the plain networks of authors_imagenet.py
+and authors_smp.py.
+"""
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data import resolve_data_config
+from timm.models import save_for_hf
+from timm.utils import reparameterize_model
+
+from ...models.smp_tcn import SMPTCN
+from ...weights.checkpoint import (
+    checkpoint_filter_fn,
+    count_classes,
+    count_inputs,
+    is_authors_layout,
+    read_checkpoint,
+    select_weights,
+)
+from ...weights.hub import FILES, SOURCES, file_sha256, load_sources
+from .._files import replace_together
+from . import authors_imagenet, authors_smp
+from .card import model_card
+
+__all__ = ['ConversionError', 'Converted', 'convert']
+
+_logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # of the logits, relative to the largest one
+SETTINGS = ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')
+Model = Any  # an nn.Module with what timm adds to it: num_classes, in_chans, pretrained_cfg
+
+
+class ConversionError(Exception):
+    """The checkpoint, an argument or the result is wrong."""
+
+
+class Converted(NamedTuple):
+    """A folder that was written.
+
+    Attributes:
+        folder: Where.
+        difference: Of its logits from those of the checkpoint in the plain network, relative to the largest.
+        sha256: Of its model.safetensors.
+    """
+    folder: Path
+    difference: float
+    sha256: str
+
+
+def convert(
+        checkpoint: Path,
+        name: str,
+        out: Path,
+        tag: Optional[str] = None,
+        weights: Optional[str] = None,
+        merged: bool = False,
+        sources: Path = SOURCES,
+        say: Callable[[str], None] = _logger.info,
+) -> List[Converted]:
+    """See the top of this file. Nothing is written if anything is wrong.
+
+    Args:
+        checkpoint: .pth, .pt, .pth.tar or .safetensors.
+        name: The model.
+        out: The folder to write. An earlier one that this function wrote is replaced.
+        tag: What it was trained on; a tag of `sources` or your own. By default that of the published weights.
+        weights: 'ema' or 'model': which to take if the checkpoint has both. By default 'ema'.
+        merged: Write the merged model to the folder OUT-merged as well.
+        sources: The list of published weights.
+        say: Is told what is going on.
+
+    Raises:
+        ConversionError: The checkpoint, an argument or the result is wrong.
+        CheckpointError: The checkpoint cannot be read, or does not fit the model.
+        SourcesError: `sources` is not such a list.
+        OSError: The folder could not be written.
+        KeyboardInterrupt: Interrupted. Its message says what was written.
+    """
+    listed = load_sources(sources)
+    tag = tag or str(timm.models.get_pretrained_cfg_value(name, 'tag'))
+    entry = listed.get(f'{name}.{tag}')
+    out = out.resolve()
+    outs = [out, out.parent / f'{out.name}-merged'] if merged else [out]
+    written = []
+    with replace_together(
+            out.parent, [path.name for path in outs], lambda path: check_replaceable(path, checkpoint)) as staging:
+        say(f'reading {checkpoint}')
+        content = read_checkpoint(str(checkpoint))
+        source, kind = select_weights(content, weights)
+        source = {
+            k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in source.items()}
+        authors = is_authors_layout(source)
+        sha256 = file_sha256(checkpoint)
+        model = build(name, tag, source)
+        check_task(name, content)
+        if not authors and isinstance(content.get('args'), argparse.Namespace):  # as train.py evaluated it
+            settings = resolve_data_config(vars(content['args']), model=model)
+            settings['input_size'] = (model.in_chans, *settings['input_size'][1:])
+            model.pretrained_cfg.update({key: settings[key] for key in SETTINGS})
+        if entry:
+            check_entry(entry, model, authors)
+        else:  # the licence is up to whoever trained it
+            model.pretrained_cfg.update(license=None, origin_url=None)
+        facts = {
+            'published': is_published(entry, authors, kind, sha256),
+            'origin': f'{"EMA" if kind == "ema" else "model"} weights from a checkpoint in '
+                      f'the layout of {"the authors" if authors else "timm-smpconv"}, sha256 {sha256}',
+            'num_classes': model.num_classes,
+            'input_size': model.pretrained_cfg['input_size'],
+            'dataset': next((other['dataset'] for other in listed.values() if tag.startswith(other['tag'])), None),
+        }
+        expected = [(x, oracle(source, name, x, say)) for x in inputs(model)]
+        for target in outs:
+            is_merged = target != out
+            if is_merged:
+                model = reparameterize_model(model)
+            folder = staging / target.name
+            difference = write(folder, model, expected, is_merged)
+            parameters = sum(p.numel() for p in model.parameters())
+            card = model_card(
+                name, tag, entry, {**facts, 'merged': is_merged, 'parameters': parameters, 'difference': difference})
+            (folder / 'README.md').write_text(card, encoding='utf-8')
+            origin = {'sha256': sha256, 'weights': kind, 'file_sha256': file_sha256(folder / 'model.safetensors')}
+            config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+            (folder / 'config.json').write_text(json.dumps({**config, 'origin': origin}, indent=2), encoding='utf-8')
+            written.append(Converted(target, difference, origin['file_sha256']))
+    return written
+
+
+def check_replaceable(out: Path, checkpoint: Path) -> None:
+    """Refuse to replace anything but a folder that was converted, which its config.json tells."""
+    rule = (
+        'out must not exist, be empty, or be a folder that was converted and that does not hold the checkpoint, got '
+        f'{out}')
+    if not out.exists():
+        return
+    if out == Path.cwd() or out.is_mount():
+        raise ConversionError(
+            'out must not be the working directory or a mount point, which cannot be replaced; name a folder in it, '
+            f'got {out}')
+    if not out.is_dir() or checkpoint.resolve().parent == out:
+        raise ConversionError(rule)
+    names = {path.name for path in out.iterdir()}
+    config = out / 'config.json'
+    if names and not (names <= set(FILES) and config.is_file() and b'"file_sha256"' in config.read_bytes()):
+        raise ConversionError(rule)
+
+
+def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
+    """The model with these weights, in evaluation mode. The checkpoint decides its classes and input channels."""
+    shapes = {key: value.shape for key, value in source.items() if isinstance(value, torch.Tensor)}
+    classes = count_classes(shapes)
+    like: Model = timm.create_model(name, device='meta')
+    in_chans = count_inputs(shapes, like.input_weights)
+    if not classes or not in_chans:
+        raise ConversionError(
+            f'checkpoint must hold an SMPConv model with its classifier, got {len(source)} other tensors')
+    model: Model = timm.create_model(name, num_classes=classes, in_chans=in_chans)
+    model.load_state_dict(checkpoint_filter_fn(source, model))
+    model.pretrained_cfg.update(tag=tag, input_size=(model.in_chans, *model.pretrained_cfg['input_size'][1:]))
+    return model.eval()
+
+
+def check_task(name: str, content: Mapping[str, Any]) -> None:
+    """Refuse what Lightning trained under another name, or with arguments of its own."""
+    settings = content.get('hyper_parameters')  # what SequenceClassifier was built with
+    if isinstance(settings, Mapping):
+        free = ('num_classes', 'in_chans', 'drop_rate', 'input_drop_rate')
+        changed = {key: value for key, value in (settings.get('model_args') or {}).items() if key not in free}
+        if settings.get('name', name) != name or changed:
+            raise ConversionError(
+                f'checkpoint must hold {name} with its own arguments, got {settings.get("name")} with {changed}')
+
+
+def check_entry(entry: Dict[str, Any], model: Model, authors: bool) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters != entry['parameters']:
+        raise ConversionError(
+            f'checkpoint must have the {entry["parameters"]} parameters listed for this model and tag, got '
+            f'{parameters}: give weights for other classes another tag')
+    if entry['origin'] and not authors:
+        raise ConversionError(
+            f'checkpoint must be in the authors\' layout, as listed for {entry["model"]}.{entry["tag"]}: give weights '
+            'of your own another tag')
+
+
+def is_published(entry: Optional[Dict[str, Any]], authors: bool, kind: str, sha256: str) -> Optional[bool]:
+    """Whether these are the weights whose accuracy the entry gives; None if their hash is not recorded."""
+    if not entry or not entry['origin'] or not authors or kind != entry['origin']['weights']:
+        return False
+    known = entry['origin']['sha256']
+    return None if known is None else known == sha256
+
+
+def inputs(model: Model) -> List[torch.Tensor]:
+    """Random inputs of the evaluation's size and, for networks that take any, of a size with other proportions."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, model.in_chans, *size, generator=generator) for size in sizes(model)]
+
+
+def sizes(model: Model) -> List[Tuple[int, int]]:
+    height, width = model.pretrained_cfg['input_size'][1:]
+    return [(height, width), *([] if isinstance(model, SMPTCN) else [(max(32, height * 5 // 7), width * 8 // 7)])]
+
+
+def oracle(source: Mapping[str, torch.Tensor], name: str, x: torch.Tensor, say: Callable[[str], None]) -> torch.Tensor:
+    """The logits in the plain network, in float64."""
+    family = authors_imagenet if name in authors_imagenet.CONFIGS else authors_smp
+    say(f'evaluating it at {x.shape[2]}×{x.shape[3]} by the plain network of {family.__name__}')
+    exact = {k: v.double() for k, v in family.in_authors_layout(source).items() if isinstance(v, torch.Tensor)}
+    with torch.inference_mode():
+        return family.logits(exact, name, x.double())
+
+
+def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.Tensor]], merged: bool) -> float:
+    """Write a model and read it back; how far its logits are from those expected, relative to the largest."""
+    args = {'in_chans': model.in_chans, **({'inference_mode': True} if merged else {})}
+    try:
+        save_for_hf(model, str(folder), safe_serialization=True, model_args=args)
+    except SafetensorError as error:  # the disk is full, for one
+        raise OSError(f'could not write model.safetensors: {error}; nothing was written') from error
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    # timm 1.0.31 writes it here, too; transformers passes it and `model_args`, and Python refuses it twice.
+    config['model_args'].pop('num_classes', None)
+    (folder / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
+    read = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    with torch.inference_mode():
+        differences = [(read(x) - logits).abs().max() / logits.abs().max() for x, logits in expected]
+    found = torch.stack(differences).max().item()  # NaN if one is
+    if not found <= TOLERANCE:
+        raise ConversionError(
+            f'the logits must differ by at most {TOLERANCE} relative, got {found}: nothing was written')
+    return found

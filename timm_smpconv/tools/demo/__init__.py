@@ -1,0 +1,1 @@
+"""`timm-smpconv demo`, and the handwritten digits it trains on. Needs the extra `demo`."""
