@@ -7,6 +7,21 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+# For which CPU the tests run, whatever this one is: the variables that hold PyTorch's libraries back, and what is said
+# of it. `nox -s cpu` runs them for each.
+CPUS = {
+    'avx512': ({}, 'AVX512', ('float32', 'bfloat16')),
+    'avx2': (
+        {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_ENABLE_INSTRUCTIONS': 'AVX2'},
+        'AVX2', ('float32',)),
+    'neither': (
+        {'ATEN_CPU_CAPABILITY': 'default', 'ONEDNN_MAX_CPU_ISA': 'SSE41', 'MKL_ENABLE_INSTRUCTIONS': 'SSE4_2'},
+        'DEFAULT', ('float32',)),
+}
+SAID_CPU = os.environ.get('TIMM_SMPCONV_TEST_CPU')
+if SAID_CPU:
+    for variable, value in CPUS[SAID_CPU][0].items():
+        os.environ.setdefault(variable, value)  # read when torch is imported
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one thread a worker, also in the processes that it starts
     os.environ.update(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')  # read when torch is imported
 
@@ -24,7 +39,7 @@ from huggingface_hub import constants, file_download
 from reference import in_authors_layout
 from timm.models import save_for_hf
 
-from timm_smpconv.ops import BACKENDS, costs
+from timm_smpconv.ops import BACKENDS, costs, cpu
 
 IMAGENET_MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
 SEQUENCE_MODELS = tuple(f'smpconv_tcn_{task}' for task in ('smnist', 'pmnist', 'scifar10', 'ct', 'sc', 'scraw'))
@@ -41,10 +56,13 @@ TOKENS = {  # users of the Hub of hub_server.py
 # Shells ignore SIGINT in what they start in the background, and children inherit that; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if SAID_CPU:
+    cpu.HERE = cpu.CPU(CPUS[SAID_CPU][1], frozenset(getattr(torch, dtype) for dtype in CPUS[SAID_CPU][2]))
+
 CPU_BACKENDS = [name for name in BACKENDS if name != 'triton']
 
 # Reasons for which tests may be skipped in CI.
-MAY_LACK = re.compile(r"GPU|AVX-512|timm's scripts|authors' code")
+MAY_LACK = re.compile(r"GPU|AVX-512|timm's scripts|authors' code|before (torch|timm) [\d.]+")
 
 # Largest `difference` allowed.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

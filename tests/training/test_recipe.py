@@ -1,6 +1,7 @@
 """The recipes against the authors' schedule and the paper's figures, through timm's own factories."""
 import math
 import types
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -82,7 +83,8 @@ def test_the_figures_of_the_paper(name):
     recipe = settings(name)
     assert recipe['batch_size'] * recipe['grad_accum_steps'] * 4 == 2048
     expected = dict(
-        model=name, device_modules=['timm_smpconv'], opt='smpadamw', opt_eps=1e-8, weight_decay=0.05, lr=4e-3,
+        model=name, device_modules=['timm_smpconv.training.augmentation'], opt='smpadamw', opt_eps=1e-8,
+        weight_decay=0.05, lr=4e-3,
         aa='rand-m9-mstd0.5-inc1', smoothing=0.1, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5, reprob=0.25,
         remode='pixel', recount=1, model_ema=True, model_ema_decay=0.9999, train_interpolation='random', hflip=0.0,
         sync_bn=True, drop_path=PAPER[name][1], crop_pct=0.875, interpolation='bicubic', scale=[0.08, 1.0])
@@ -182,7 +184,11 @@ def test_the_command_prints_paths_and_names(capsys):
     assert f"name must be one of {', '.join(recipe_names())}, got 'smpconv_tinny'" in capsys.readouterr().err
 
 
-def test_the_strongest_augmentation_runs():
-    # Magnitude 9 with deviation 0.5 reaches 10, where Pillow 13 refuses to keep 0 bits.
-    image = AugmentOp('PosterizeIncreasing', prob=1., magnitude=10)(Image.new('RGB', (8, 8), 'white'))
-    assert image.size == (8, 8)
+@pytest.mark.parametrize('name', ['smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51'])
+@pytest.mark.parametrize('magnitude,kept', [(0, 4), (5, 2), (9, 1), (10, 0)])
+def test_every_strength_of_the_augmentation_runs(name, magnitude, kept):
+    """Magnitude 9 with deviation 0.5 reaches 10, where Pillow 13 refuses to keep 0 bits. Pillow 12 masks them."""
+    import_module(settings(name)['device_modules'][0])  # as train.py does
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    image = AugmentOp('PosterizeIncreasing', prob=1., magnitude=magnitude, hparams={})(Image.fromarray(pixels))
+    assert np.array_equal(np.asarray(image), pixels & (256 - 2 ** (8 - kept)))

@@ -1,0 +1,71 @@
+"""The checks of `.ci/run`, and those that do not fit into it. CONTRIBUTING.md says when to run which.
+
+Sessions other than `tests` also run in an environment that is there: `nox --no-venv -s lint`.
+"""
+from typing import List
+
+import nox
+
+PYTHONS = ['3.11', '3.12', '3.13', '3.14']
+CPUS = ['avx512', 'avx2', 'neither']  # of tests/conftest.py
+CPU_TESTS = ['tests/ops', 'tests/layers', 'tests/surgery/test_prepack.py']  # where the CPU decides what is computed
+
+nox.options.default_venv_backend = 'uv'  # a second environment with torch takes seconds and no space
+nox.options.error_on_missing_interpreters = False  # such a session is skipped, and nox says so
+nox.options.sessions = ['lint', 'types', 'cpu']
+
+
+def install(session: nox.Session, *args: str) -> None:
+    """`session.install`, nothing with `--no-venv`."""
+    if session.venv_backend != 'none':
+        session.install(*args)
+
+
+def lower_bounds() -> List[str]:
+    """The lower bounds of the package's dependencies as exact versions."""
+    dependencies = nox.project.load_toml('pyproject.toml')['project']['dependencies']
+    return [dependency.replace('>=', '==') for dependency in dependencies if '>=' in dependency]
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize('versions', [nox.param('lowest', id='lowest'), nox.param('newest', id='newest')])
+def tests(session: nox.Session, versions: str) -> None:
+    """The default tests on one Python, with the lowest supported or the newest releases of everything."""
+    session.install('-e', '.[test]', *(lower_bounds() if versions == 'lowest' else []))
+    session.run('pytest', '-n', '2', *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff."""
+    install(session, '-e', '.[dev]')
+    session.run('ruff', 'check')
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy."""
+    install(session, '-e', '.[dev]')
+    session.run('mypy')
+
+
+@nox.session
+@nox.parametrize('cpu', [nox.param(cpu, id=cpu) for cpu in CPUS])
+def cpu(session: nox.Session, cpu: str) -> None:
+    """The tests that depend on the CPU, on one kind of CPU whatever this one is."""
+    install(session, '-e', '.[test]')
+    session.run('pytest', '-n', '2', *(session.posargs or CPU_TESTS), env={'TIMM_SMPCONV_TEST_CPU': cpu})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Every command and every snippet of README and docs."""
+    install(session, '-e', '.[test]')
+    session.run('pytest', '-n', '2', '-m', 'slow or not slow', 'tests/test_docs.py', *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Whole models, whole round trips, other programs."""
+    install(session, '-e', '.[test]')
+    session.run('pytest', '-n', '2', '--dist', 'loadgroup', '-m', 'slow', *session.posargs)
