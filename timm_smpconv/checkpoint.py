@@ -10,6 +10,8 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
+from ._errors import DataError
+
 __all__ = [
     'CheckedLoading', 'CheckpointError', 'check_archive', 'check_before_loading', 'checkpoint_filter_fn',
     'count_classes', 'count_inputs', 'is_authors_layout', 'read_checkpoint', 'select_weights']
@@ -47,7 +49,7 @@ _CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 _PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(DataError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ._errors import DataError
 from .ops import (
     ACTIVATIONS,
     PackedKernel,
@@ -29,7 +30,7 @@ _int_or_pair = Union[int, Tuple[int, int]]
 _training_is_allowed: ContextVar[bool] = ContextVar('_training_is_allowed', default=False)
 
 
-class MergeError(RuntimeError):
+class MergeError(DataError):
     """A module cannot be merged exactly.
 
     Args:

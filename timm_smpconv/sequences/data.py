@@ -36,6 +36,7 @@ from torchvision.transforms import (
     ToTensor,
 )
 
+from .._errors import DataError
 from ..files import write_whole
 from ..smp_tcn import SMPTCN
 
@@ -43,10 +44,6 @@ __all__ = [
     'CharacterTrajectories', 'DataError', 'SequenceData', 'SequentialCIFAR10', 'SequentialMNIST', 'SpeechCommands']
 
 _logger = logging.getLogger(__name__)
-
-
-class DataError(RuntimeError):
-    """A data folder is incomplete, or a file in it is damaged."""
 
 
 class SequenceData(LightningDataModule):
