@@ -17,7 +17,6 @@ from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
 from .weights import command as weights
 from .weights.conversion import ConversionError
-from .weights.sources import SourcesError
 
 startup.finished()
 
@@ -218,7 +217,7 @@ def _weights(args: argparse.Namespace) -> int:
             way = f'"local-dir:{folder}", pretrained=True' if pretrained.BUILT_IN[folder.name] else (
                 f'"{args.name}", pretrained=True{place}')
             print(f'timm.create_model({way}) takes it from there')
-    except (weights.WeightsError, ConversionError, CheckpointError, SourcesError, OSError) as error:
+    except (weights.WeightsError, ConversionError, CheckpointError, OSError) as error:
         print(f'timm-smpconv weights: {error}', file=sys.stderr)
         return 1
     return 0

@@ -20,7 +20,7 @@ try:
     from timm_smpconv import CheckpointError
     from timm_smpconv.console import robust_output
     from timm_smpconv.weights.conversion import ConversionError, convert
-    from timm_smpconv.weights.sources import SOURCES, SourcesError
+    from timm_smpconv.weights.sources import SOURCES
 except KeyboardInterrupt:  # these imports take seconds
     print('\nconvert: interrupted, nothing was written', file=sys.stderr)
     sys.exit(130)
@@ -45,7 +45,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 print(
                     f'{written.folder}: logits differ by {written.difference:.1e} relative, model.safetensors has '
                     f'sha256 {written.sha256}')
-        except (ConversionError, CheckpointError, SourcesError, OSError) as error:
+        except (ConversionError, CheckpointError, OSError) as error:
             print(f'convert: {error}', file=sys.stderr)
             return 1
         except KeyboardInterrupt as error:  # its message says what was written

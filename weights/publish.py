@@ -2,8 +2,8 @@
 
     python weights/publish.py smpconv_tiny.in1k --repo-id timm-smpconv/smpconv_tiny.in1k
 
-Creates the repository if it does not exist, uploads the folder, downloads it again and compares, prints the commit, and
-records it in sources.yaml if that lists the repository. The token is the one of `hf auth login`, or HF_TOKEN.
+Creates the repository if it does not exist, uploads the folder, downloads it again and compares, and prints the commit
+and, if sources.yaml lists the repository, the lines to put there. The token is the one of `hf auth login`, or HF_TOKEN.
 """
 import sys
 
@@ -23,7 +23,7 @@ try:
     from timm_smpconv.console import robust_output
     from timm_smpconv.pretrained import _CLIENT_ERRORS, _first_line
     from timm_smpconv.weights.card import with_address
-    from timm_smpconv.weights.sources import FILES, SOURCES, SourcesError, load_sources, record
+    from timm_smpconv.weights.sources import FILES, SOURCES, load_sources
 except KeyboardInterrupt:  # these imports take seconds
     print('\npublish: interrupted; nothing was published', file=sys.stderr)
     sys.exit(130)
@@ -40,12 +40,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--private', action='store_true', help='create a private repository')
     parser.add_argument('--revision', default='main', help='the branch; created if missing (%(default)s)')
     parser.add_argument('--dry-run', action='store_true', help='print what would be uploaded, and upload nothing')
-    parser.add_argument('--sources', type=Path, default=SOURCES, help='where to record the commit (%(default)s)')
+    parser.add_argument('--sources', type=Path, default=SOURCES, help='the list of published weights (%(default)s)')
     args = parser.parse_args(argv)
     with robust_output():
         try:
             publish(args.folder, args.repo_id, args.private, args.revision, args.dry_run, args.sources)
-        except (PublishError, SourcesError) as error:
+        except PublishError as error:
             print(f'publish: {error}', file=sys.stderr)
             return 1
         except _CLIENT_ERRORS as error:
@@ -102,14 +102,11 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: b
     verify(repo_id, commit, hashes)
     print(f'{constants.ENDPOINT}/{repo_id}/tree/{commit}')
     if name is None or revision != 'main':
-        print(f'not recorded: {sources.name} does not list revision {revision} of {repo_id}')
+        print(f'{sources.name} does not list revision {revision} of {repo_id}')
         return
-    try:
-        record(sources, name, {'sha256': hashes['model.safetensors'], 'commit': commit})
-    except (OSError, KeyError) as error:
-        raise PublishError(f'published, but --sources {sources} could not be updated: {error}') from error
-    print(f'recorded in {sources}; now add this line to BUILT_IN in timm_smpconv/pretrained.py:\n'
-          f'    {name!r}: {hashes["model.safetensors"]!r},')
+    sha256 = hashes['model.safetensors']
+    print(f'now write these lines into the entry {name} of {sources}:\n  sha256: {sha256}\n  commit: {commit}')
+    print(f'and this one into BUILT_IN in timm_smpconv/pretrained.py:\n    {name!r}: {sha256!r},')
 
 
 def check_folder(folder: Path, repo_id: str, sources: Path) -> Optional[str]:

@@ -83,7 +83,6 @@ def convert(
     Raises:
         ConversionError: The checkpoint, an argument or the result is wrong.
         CheckpointError: The checkpoint cannot be read, or does not fit the model.
-        SourcesError: `sources` is not such a list.
         OSError: The folder could not be written.
         KeyboardInterrupt: Interrupted. Its message says what was written.
     """
