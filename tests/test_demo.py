@@ -1,4 +1,5 @@
 """The command line and the demo, as a user starts them."""
+import errno
 import os
 import resource
 import signal
@@ -57,8 +58,7 @@ def start(tmp_path, *arguments, **kwargs):
 
 def default_signals():
     """Shells ignore SIGINT in the background."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def names(folder):
@@ -103,23 +103,21 @@ def test_the_seed_decides(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_process_cleanly(tmp_path, number):
+def test_an_interrupt_ends_a_process_cleanly(tmp_path):
     process = start(tmp_path, '--epochs', '1000', text=True)
     assert 'from scratch on 32 handwritten digits' in process.stdout.readline()
     process.stderr.read(1)  # of the progress of the training
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.endswith('timm-smpconv demo: interrupted, nothing was written\n') and 'Traceback' not in err
+    assert err.endswith('timm-smpconv demo: interrupted\n') and 'Traceback' not in err
     assert not names(tmp_path)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(small, number, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, '_accuracy', lambda *args: signal.raise_signal(number))
+def test_an_interrupt_leaves_nothing(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, '_accuracy', lambda *args: signal.raise_signal(signal.SIGINT))
     assert main(['demo', '--epochs', '1', '--out', str(tmp_path / 'out')]) == 130
-    assert capsys.readouterr().err.endswith('\ntimm-smpconv demo: interrupted, nothing was written\n')
+    assert capsys.readouterr().err.endswith('\ntimm-smpconv demo: interrupted\n')
     assert not names(tmp_path)
 
 
@@ -188,7 +186,7 @@ def test_a_full_disk(small, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert status == 1 and 'could not write model.safetensors: ' in last
+    assert status == 1 and os.strerror(errno.EFBIG) in last
     assert names(tmp_path) == ['model.safetensors'] and (tmp_path / 'model.safetensors').read_text() == 'earlier'
 
 

@@ -398,7 +398,7 @@ def test_an_interrupt_of_the_conversion(drive, cache, run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(conversion, 'oracle', lambda *args: signal.raise_signal(signal.SIGINT))
         stopped = run(MODEL)
-    assert stopped.status == 130 and 'interrupted, nothing was written, the download is kept' in stopped.err
+    assert stopped.status == 130 and 'interrupted, the download is kept' in stopped.err
     assert set(files(cache)) == {f'{NAME}.download/checkpoint'}
     before = len(drive.requests)
     assert run(MODEL).status == 0 and len(drive.requests) == before

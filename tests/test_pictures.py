@@ -604,5 +604,5 @@ def test_an_interrupt_leaves_nothing(small, capsys, monkeypatch):
 
     monkeypatch.setattr(pictures, 'find_kernels', interrupted)
     assert main(['picture', 'kernels', 'smpconv_tiny']) == 130
-    assert capsys.readouterr().err == '\ntimm-smpconv picture: interrupted, nothing was written\n'
+    assert capsys.readouterr().err == '\ntimm-smpconv picture: interrupted\n'
     assert listed() == []

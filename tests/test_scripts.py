@@ -277,60 +277,23 @@ def few_digits(monkeypatch):
     monkeypatch.setattr('timm_smpconv.digits.digits', lambda training: ([Image.new('L', (8, 8))] * 3, [0, 1, 1]))
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, None])
+@pytest.mark.parametrize('interrupted', [True, False])
 @pytest.mark.parametrize('given', ['a/b', 'empty'])
-def test_digits_stopped_leaves_nothing(number, given, few_digits, tmp_path, monkeypatch, capsys):
-    """By a signal or a full disk at the fourth image. test_files.py has all other moments."""
+def test_digits_stopped_leaves_nothing(interrupted, given, few_digits, tmp_path, monkeypatch, capsys):
+    """By Ctrl-C or a full disk at the fourth image."""
     (tmp_path / 'empty').mkdir()
     save, count = Image.Image.save, itertools.count(1)
 
     def stops(*args):
         save(*args)
         if next(count) == 4:
-            if number is None:
-                raise OSError('No space left on device')
-            signal.raise_signal(number)
+            raise KeyboardInterrupt if interrupted else OSError('No space left on device')
 
     monkeypatch.setattr(Image.Image, 'save', stops)
-    assert main(['digits', str(tmp_path / given)]) == (130 if number else 1)
-    problem = '\ntimm-smpconv digits: interrupted, nothing was written' if number else (
+    assert main(['digits', str(tmp_path / given)]) == (130 if interrupted else 1)
+    problem = '\ntimm-smpconv digits: interrupted' if interrupted else (
         'timm-smpconv digits: No space left on device')
     assert capsys.readouterr() == ('', f'{problem}\n') and tree(tmp_path) == ['empty']
-
-
-def test_digits_of_two_at_once_are_those_of_one(few_digits, tmp_path, monkeypatch, capsys):
-    """The other one puts its `train` in place while this one writes: it keeps it."""
-    save = Image.Image.save
-
-    def late(*args):
-        save(*args)
-        (tmp_path / 'train').mkdir(exist_ok=True)
-        (tmp_path / 'train' / 'theirs').touch()
-
-    monkeypatch.setattr(Image.Image, 'save', late)
-    assert main(['digits', str(tmp_path)]) == 1
-    assert f'must be an empty folder or a new one, got {tmp_path}, which holds train' in capsys.readouterr().err
-    assert tree(tmp_path) == ['train', 'train/theirs']
-
-
-def test_digits_behind_a_run_that_was_killed(few_digits, tmp_path, monkeypatch):
-    """Between its two folders, with its journal on the disk."""
-    replaced, replace = [], Path.replace
-
-    def kills(self, target):
-        replace(self, target)
-        replaced.append(Path(target).name)
-        if replaced[-1] == 'train':
-            os._exit(9)
-
-    if os.fork() == 0:
-        Path.replace = kills
-        write_digits(tmp_path)
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
-    left = set(tree(tmp_path))
-    assert 'train' in left and 'validation' not in left and any(name.endswith('/journal') for name in left)
-    assert len(write_digits(tmp_path)) == 6
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ['train', 'validation']
 
 
 @pytest.mark.parametrize('buffering', [0, -1])

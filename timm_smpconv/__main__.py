@@ -11,7 +11,7 @@ from . import __version__, backends, pretrained, startup
 from .build import build_network
 from .checkpoint import CheckpointError
 from .console import robust_output
-from .files import replace_together
+from .files import check_no_folder, written_beside
 from .receptive_field import find_images, own_size, read_images, receptive_field, share_table
 from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
@@ -156,8 +156,6 @@ def _demo(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f'timm-smpconv demo: --out must be a folder that can be written: {error}', file=sys.stderr)
         return 1
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(str(error) or 'nothing was written') from error
     return 0
 
 
@@ -293,12 +291,9 @@ def _write_picture(args: argparse.Namespace, draw: Callable[[Any], Any]) -> int:
         print(f'{command}: {error.name} is missing; it comes with the extra "demo"', file=sys.stderr)
         return 1
 
-    def check(path: Path) -> None:
-        if path.is_dir():
-            raise IsADirectoryError(f'{path} must be a file or not exist, got a folder')
-
     try:
-        with replace_together(args.out.parent, [args.out.name], check) as folder:
+        check_no_folder(args.out)
+        with written_beside(args.out.parent) as folder:
             try:
                 figure = draw(pictures)
             except OSError as error:  # of what it reads

@@ -6,7 +6,7 @@ from typing import List, Tuple
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from .files import is_ours, replace_together
+from .files import written_beside
 
 __all__ = ['digits', 'write_digits']
 
@@ -45,7 +45,6 @@ def write_digits(folder: Path) -> List[Path]:
 
     Raises:
         FileExistsError: The folder is not empty, or is not a folder.
-        KeyboardInterrupt: Interrupted by Ctrl-C, SIGTERM or SIGHUP. Its message says what was written.
 
     Example:
         >>> import tempfile
@@ -59,14 +58,10 @@ def write_digits(folder: Path) -> List[Path]:
     present = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not present.is_dir():
         raise FileExistsError(f'{rule}, which is no folder')
-
-    def check_empty(path: Path) -> None:
-        for other in folder.iterdir():
-            if not is_ours(other):
-                raise FileExistsError(f'{rule}, which holds {other.name}')
-
+    if others := sorted(folder.glob('*')):
+        raise FileExistsError(f'{rule}, which holds {others[0].name}')
     written = []
-    with replace_together(folder, list(SPLITS), check_empty) as new:
+    with written_beside(folder) as new:
         for split, training in SPLITS.items():
             for i, (image, label) in enumerate(zip(*digits(training))):
                 path = Path(split, str(label), f'{i:04}.png')

@@ -12,7 +12,7 @@ from unittest import mock
 import timm
 import yaml
 
-from .files import write_whole
+from .files import written_beside
 from .merged import merging_in_training_mode
 
 __all__ = ['ScriptError', 'find_script', 'run_script']
@@ -72,8 +72,8 @@ def _download(url: str, path: Path) -> None:
     compile(source, url, 'exec')
     if b'import ' not in source:
         raise SyntaxError('not a script')  # but a page of a proxy, say
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, source)
+    with written_beside(path.parent) as new:
+        (new / path.name).write_bytes(source)
     print(f'{len(source)} bytes in {path}', file=sys.stderr)
 
 

@@ -48,8 +48,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         except (ConversionError, CheckpointError, OSError) as error:
             print(f'convert: {error}', file=sys.stderr)
             return 1
-        except KeyboardInterrupt as error:  # its message says what was written
-            print('\n' + ', '.join(('convert: interrupted', *map(str, error.args))), file=sys.stderr)
+        except KeyboardInterrupt:
+            print('\nconvert: interrupted', file=sys.stderr)
             return 130
     return 0
 

@@ -37,7 +37,7 @@ from torchvision.transforms import (
 )
 
 from .._errors import DataError
-from ..files import write_whole
+from ..files import written_beside
 from ..smp_tcn import SMPTCN
 
 __all__ = [
@@ -154,7 +154,8 @@ class SequentialMNIST(SequenceData):
                         content = gzip.decompress(file.read_bytes())
                     except (OSError, EOFError, zlib.error) as error:
                         raise ValueError(f'{file.name} is damaged: {error}') from error
-                    write_whole(file.with_suffix(''), content)
+                    with written_beside(file.parent) as new:
+                        (new / file.stem).write_bytes(content)
 
     def read(self) -> Dict[str, Dataset]:
         to_tensor = [ToTensor(), Normalize((0.1307,), (0.3081,))]

@@ -7,6 +7,7 @@ and authors_smp.py.
 import argparse
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
@@ -26,7 +27,7 @@ from ..checkpoint import (
     select_weights,
 )
 from ..compat import file_sha256
-from ..files import replace_together
+from ..files import written_beside
 from ..smp_tcn import SMPTCN
 from . import authors_imagenet, authors_smp
 from .card import model_card
@@ -84,7 +85,6 @@ def convert(
         ConversionError: The checkpoint, an argument or the result is wrong.
         CheckpointError: The checkpoint cannot be read, or does not fit the model.
         OSError: The folder could not be written.
-        KeyboardInterrupt: Interrupted. Its message says what was written.
     """
     listed = load_sources(sources)
     tag = tag or str(timm.models.get_pretrained_cfg_value(name, 'tag'))
@@ -92,8 +92,9 @@ def convert(
     out = out.resolve()
     outs = [out, out.parent / f'{out.name}-merged'] if merged else [out]
     written = []
-    with replace_together(
-            out.parent, [path.name for path in outs], lambda path: check_replaceable(path, checkpoint)) as staging:
+    for path in outs:
+        check_replaceable(path, checkpoint)
+    with written_beside(out.parent) as staging:
         say(f'reading {checkpoint}')
         content = read_checkpoint(str(checkpoint))
         source, kind = select_weights(content, weights)
@@ -229,6 +230,7 @@ def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.T
         save_for_hf(model, str(folder), safe_serialization=True, model_args=args)
     except SafetensorError as error:  # the disk is full, for one
         raise OSError(f'could not write model.safetensors: {error}; nothing was written') from error
+    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')  # which only its owner could read
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     # timm 1.0.31 writes it here, too; transformers passes it and `model_args`, and Python refuses it twice.
     config['model_args'].pop('num_classes', None)
