@@ -4,9 +4,7 @@ import importlib
 import itertools
 import json
 import os
-import signal
 import stat
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,7 +19,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from timm_smpconv import recipe, startup
+from timm_smpconv import recipe
 from timm_smpconv.__main__ import main
 from timm_smpconv.digits import write_digits
 from timm_smpconv.scripts import ScriptError, find_script, run_script
@@ -320,41 +318,3 @@ def test_a_path_that_standard_output_has_no_characters_for(tmp_path, monkeypatch
     monkeypatch.setattr(sys, 'stdout', TextIOWrapper(BytesIO(), encoding='ascii'))
     assert main(['recipe', 'x']) == 0
     assert sys.stdout.buffer.getvalue() == os.fsencode(folder / 'x.yaml') + b'\n'
-
-
-@pytest.mark.parametrize('start', [['-m', 'timm_smpconv'], ['timm-smpconv']], ids=' '.join)
-def test_an_interrupt_while_torch_is_imported(start, tmp_path):
-    project = Path(__file__).parent.parent / 'pyproject.toml'
-    assert 'timm-smpconv = "timm_smpconv.__main__:main"' in project.read_text(encoding='utf-8')
-    (tmp_path / 'timm-smpconv').write_text('from timm_smpconv.__main__ import main\nmain()')
-    (tmp_path / 'torch.py').write_text('import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)')
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get('PYTHONPATH')])])
-    result = subprocess.run(
-        [sys.executable, *start, 'recipe'], capture_output=True, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=path),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background shells ignore it
-    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b'', b'')
-
-
-@pytest.mark.parametrize('handler', [signal.default_int_handler, signal.SIG_IGN])
-@pytest.mark.parametrize('started,argv,ours', [
-    (['-m', 'timm_smpconv', 'recipe'], ['-m', 'recipe'], True),
-    (['-mtimm_smpconv', 'recipe'], ['-m', 'recipe'], True),
-    (['-s', '/bin/timm-smpconv', 'recipe', 'x'], ['/bin/timm-smpconv', 'recipe', 'x'], True),
-    (['-m', 'package', 'timm_smpconv'], ['-m', 'timm_smpconv'], False),
-    (['-c', 'import timm_smpconv'], ['-c'], False),
-    (['train.py', 'timm-smpconv'], ['train.py', 'timm-smpconv'], False),
-    (['train.py'], ['longer', 'than', 'it', 'was'], False),
-    ([], [''], False),
-])
-def test_the_import_leaves_interrupts_as_they_were(handler, started, argv, ours, monkeypatch):
-    monkeypatch.setattr(sys, 'orig_argv', ['python', *started])
-    monkeypatch.setattr(sys, 'argv', argv)
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        importlib.reload(startup)
-        deferred = ours and handler is signal.default_int_handler
-        assert signal.getsignal(signal.SIGINT) is (signal.SIG_DFL if deferred else handler)
-        startup.finished()
-        assert signal.getsignal(signal.SIGINT) is handler
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -610,32 +610,6 @@ def test_a_full_disk(copy, tmp_path, capsys):
     assert contents(tmp_path) == before
 
 
-INTERRUPTED = '''
-import runpy, signal, sys
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name == sys.argv[2]:
-            signal.raise_signal(signal.SIGINT)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.meta_path.insert(0, Finder)
-sys.path.insert(0, sys.argv[1].rpartition("/")[0])
-runpy.run_path(sys.argv[1], run_name="__main__")
-'''
-
-
-def test_an_interrupt_while_convert_and_publish_import():
-    """When their first large import is looked for: one line, no traceback."""
-    for program, module in (('convert', 'timm'), ('publish', 'huggingface_hub')):
-        process = subprocess.run(
-            [sys.executable, '-c', INTERRUPTED, str(ROOT / 'weights' / f'{program}.py'), module], capture_output=True,
-            text=True, timeout=120)
-        assert process.returncode == 130, process.stderr
-        assert process.stderr.startswith(f'\n{program}: interrupted') and len(process.stderr.splitlines()) == 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', [
     torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float64))])

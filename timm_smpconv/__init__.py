@@ -2,7 +2,6 @@
 
 Importing this package registers them and their optimizers: `create_model("smpconv_tiny")`.
 """
-from . import startup as startup  # first
 from .checkpoint import CheckpointError as CheckpointError
 from .kernel import SMPKernel as SMPKernel, render_kernel as render_kernel
 from .layers import RepSMPConv2d as RepSMPConv2d, SMPConv1d as SMPConv1d, SMPConv2d as SMPConv2d

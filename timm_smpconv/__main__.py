@@ -7,7 +7,7 @@ from typing import Any, Callable, List, Optional
 import timm
 import torch
 
-from . import __version__, backends, pretrained, startup
+from . import __version__, backends, pretrained
 from .build import build_network
 from .checkpoint import CheckpointError
 from .console import robust_output
@@ -17,8 +17,6 @@ from .recipe import recipe_names, recipe_path
 from .scripts import ScriptError, find_script, run_script
 from .weights import command as weights
 from .weights.conversion import ConversionError
-
-startup.finished()
 
 
 def _parser() -> argparse.ArgumentParser:

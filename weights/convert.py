@@ -6,24 +6,19 @@ The folder holds model.safetensors, config.json and the model card README.md. It
 and the model read back from it gives the logits that the checkpoint gives in a plain network, as
 timm_smpconv/weights/conversion.py does it.
 """
+import argparse
 import sys
+from functools import partial
+from pathlib import Path
+from typing import List, Optional
 
-try:
-    import argparse
-    from functools import partial
-    from pathlib import Path
-    from typing import List, Optional
+import timm
 
-    import timm
-
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
-    from timm_smpconv import CheckpointError
-    from timm_smpconv.console import robust_output
-    from timm_smpconv.weights.conversion import ConversionError, convert
-    from timm_smpconv.weights.sources import SOURCES
-except KeyboardInterrupt:  # these imports take seconds
-    print('\nconvert: interrupted, nothing was written', file=sys.stderr)
-    sys.exit(130)
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
+from timm_smpconv import CheckpointError
+from timm_smpconv.console import robust_output
+from timm_smpconv.weights.conversion import ConversionError, convert
+from timm_smpconv.weights.sources import SOURCES
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -5,28 +5,23 @@
 Creates the repository if it does not exist, uploads the folder, downloads it again and compares, and prints the commit
 and, if sources.yaml lists the repository, the lines to put there. The token is the one of `hf auth login`, or HF_TOKEN.
 """
+import argparse
+import json
+import shutil
 import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, List, Optional
 
-try:
-    import argparse
-    import json
-    import shutil
-    import tempfile
-    from pathlib import Path
-    from typing import Dict, List, Optional
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
-    from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    from timm_smpconv.compat import file_sha256
-    from timm_smpconv.console import robust_output
-    from timm_smpconv.pretrained import _CLIENT_ERRORS, _first_line
-    from timm_smpconv.weights.card import with_address
-    from timm_smpconv.weights.sources import FILES, SOURCES, load_sources
-except KeyboardInterrupt:  # these imports take seconds
-    print('\npublish: interrupted; nothing was published', file=sys.stderr)
-    sys.exit(130)
+from timm_smpconv.compat import file_sha256
+from timm_smpconv.console import robust_output
+from timm_smpconv.pretrained import _CLIENT_ERRORS, _first_line
+from timm_smpconv.weights.card import with_address
+from timm_smpconv.weights.sources import FILES, SOURCES, load_sources
 
 
 class PublishError(Exception):
