@@ -1,4 +1,5 @@
 """Files and folders that are written beside their place and then renamed: an error or Ctrl-C leaves no half result."""
+import os
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ def written_beside(folder: Path) -> Generator[Path, None, None]:
         folder: Created if missing, and removed again if nothing was written.
 
     Raises:
+        NotADirectoryError: It is a file, or below one.
         OSError: Something could not be written.
 
     Example:
@@ -37,7 +39,10 @@ def written_beside(folder: Path) -> Generator[Path, None, None]:
         ...     [path.name for path in Path(folder).iterdir()]
         ['a']
     """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    present = created[-1].parent if created else folder
+    if not present.is_dir():
+        raise NotADirectoryError(f'{folder} must be a folder or a new one, got a file at {present}')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.timm-smpconv-', dir=folder) as new:
