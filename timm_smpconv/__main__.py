@@ -1,6 +1,7 @@
 """The command line: `timm-smpconv` or `python -m timm_smpconv`."""
 import argparse
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, Callable, List, Optional
 
@@ -8,13 +9,14 @@ import timm
 import torch
 
 from . import __version__, backends, pretrained
+from ._errors import DataError
 from .build import build_network
 from .checkpoint import CheckpointError
 from .console import robust_output
 from .files import check_no_folder, written_beside
 from .receptive_field import find_images, own_size, read_images, receptive_field, share_table
 from .recipe import recipe_names, recipe_path
-from .scripts import ScriptError, find_script, run_script
+from .scripts import find_script, run_script
 from .weights import command as weights
 from .weights.conversion import ConversionError
 
@@ -172,10 +174,15 @@ def _recipe(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        run_script(find_script(args.script), args.args)
-    except ScriptError as error:
+        script = find_script(args.script)
+    except (ValueError, DataError) as error:
         print(f'timm-smpconv run: {error}', file=sys.stderr)
         return 2
+    try:
+        run_script(script, args.args)
+    except Exception:  # the script's own: shown as Python shows it
+        traceback.print_exc()
+        return 1
     return 0
 
 
