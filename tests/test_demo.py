@@ -122,24 +122,12 @@ def test_an_interrupt_leaves_nothing(small, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stderr', [subprocess.PIPE, subprocess.STDOUT])
-def test_results_are_written_though_the_reader_has_gone(tmp_path, stderr):
-    """`demo | head -n 1`, and `demo 2>&1 | head -n 1`."""
-    process = start(tmp_path, stderr=stderr)
-    process.stdout.readline()
-    process.stdout.close()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and b'Traceback' not in (err or b'') and b'ignored' not in (err or b'')
-    assert names(tmp_path / 'out') == FILES
-
-
-@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_only(tmp_path):
     (tmp_path / 'ü').mkdir()
     process = start(tmp_path / 'ü', env={'PYTHONIOENCODING': 'ascii'})
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert b'handwritten digits of 48x48' in out and 'ü/out/; to load:'.encode() in out
+    assert b'handwritten digits of 48x48' in out and rb'\xfc/out/; to load:' in out
     assert names(tmp_path / 'ü' / 'out') == FILES
 
 
@@ -162,7 +150,8 @@ def test_an_output_that_is_a_file_is_refused_before_training(out, tmp_path, caps
     (tmp_path / 'out').touch()
     assert main(['demo', '--out', str(tmp_path / out)]) == 1
     captured = capsys.readouterr()
-    assert '--out must be a folder that can be written' in captured.err and captured.out == ''
+    assert f'{tmp_path / out} must be a folder or a new one, got a file at {tmp_path}/out' in captured.err
+    assert captured.out == ''
     assert names(tmp_path) == ['out']
 
 

@@ -20,7 +20,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed, reparameterize_model
 from tqdm import tqdm
 
-from .console import robust_output
 from .digits import digits
 from .files import check_no_folder, written_beside
 from .kernel import SMPKernel
@@ -198,15 +197,14 @@ def run(name: str, epochs: Optional[int], seed: int, out: Path) -> float:
         OSError: The files cannot be written to `out`. Found before training where possible.
     """
     out, setup = Path(out), _setup(name)
-    with robust_output():
-        for file in FILES:
-            check_no_folder(out / file)
-        with written_beside(out) as folder:
-            accuracy = _run(name, setup, epochs or setup.epochs, seed, folder)
-        print(f'wrote {", ".join(FILES[:-1])} and {FILES[-1]} to {out}/; to load:')
-        arguments = ', '.join([f'"{name}"', *(f'{k}={v}' for k, v in _model_args(setup).items())])
-        print(f'  timm.create_model({arguments}, checkpoint_path="{out / FILES[0]}")')
-        print(f'  timm.create_model({arguments}, inference_mode=True, checkpoint_path="{out / FILES[1]}")')
+    for file in FILES:
+        check_no_folder(out / file)
+    with written_beside(out) as folder:
+        accuracy = _run(name, setup, epochs or setup.epochs, seed, folder)
+    print(f'wrote {", ".join(FILES[:-1])} and {FILES[-1]} to {out}/; to load:')
+    arguments = ', '.join([f'"{name}"', *(f'{k}={v}' for k, v in _model_args(setup).items())])
+    print(f'  timm.create_model({arguments}, checkpoint_path="{out / FILES[0]}")')
+    print(f'  timm.create_model({arguments}, inference_mode=True, checkpoint_path="{out / FILES[1]}")')
     return accuracy
 
 

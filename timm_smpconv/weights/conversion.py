@@ -18,6 +18,7 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
+from .._errors import DataError
 from ..checkpoint import (
     checkpoint_filter_fn,
     count_classes,
@@ -33,17 +34,13 @@ from . import authors_imagenet, authors_smp
 from .card import model_card
 from .sources import FILES, SOURCES, load_sources
 
-__all__ = ['ConversionError', 'Converted', 'convert']
+__all__ = ['Converted', 'convert']
 
 _logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of the logits, relative to the largest one
 SETTINGS = ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')
 Model = Any  # an nn.Module with what timm adds to it: num_classes, in_chans, pretrained_cfg
-
-
-class ConversionError(Exception):
-    """The checkpoint, an argument or the result is wrong."""
 
 
 class Converted(NamedTuple):
@@ -82,8 +79,8 @@ def convert(
         say: Is told what is going on.
 
     Raises:
-        ConversionError: The checkpoint, an argument or the result is wrong.
-        CheckpointError: The checkpoint cannot be read, or does not fit the model.
+        ValueError: `out` is a folder that must not be replaced.
+        DataError: The checkpoint cannot be read, does not fit the model, or the result differs from it.
         OSError: The folder could not be written.
     """
     listed = load_sources(sources)
@@ -146,15 +143,15 @@ def check_replaceable(out: Path, checkpoint: Path) -> None:
     if not out.exists():
         return
     if out == Path.cwd() or out.is_mount():
-        raise ConversionError(
+        raise ValueError(
             'out must not be the working directory or a mount point, which cannot be replaced; name a folder in it, '
             f'got {out}')
     if not out.is_dir() or checkpoint.resolve().parent == out:
-        raise ConversionError(rule)
+        raise ValueError(rule)
     names = {path.name for path in out.iterdir()}
     config = out / 'config.json'
     if names and not (names <= set(FILES) and config.is_file() and b'"file_sha256"' in config.read_bytes()):
-        raise ConversionError(rule)
+        raise ValueError(rule)
 
 
 def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
@@ -164,7 +161,7 @@ def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
     like: Model = timm.create_model(name, device='meta')
     in_chans = count_inputs(shapes, like.input_weights)
     if not classes or not in_chans:
-        raise ConversionError(
+        raise DataError(
             f'checkpoint must hold an SMPConv model with its classifier, got {len(source)} other tensors')
     model: Model = timm.create_model(name, num_classes=classes, in_chans=in_chans)
     model.load_state_dict(checkpoint_filter_fn(source, model))
@@ -179,18 +176,18 @@ def check_task(name: str, content: Mapping[str, Any]) -> None:
         free = ('num_classes', 'in_chans', 'drop_rate', 'input_drop_rate')
         changed = {key: value for key, value in (settings.get('model_args') or {}).items() if key not in free}
         if settings.get('name', name) != name or changed:
-            raise ConversionError(
+            raise DataError(
                 f'checkpoint must hold {name} with its own arguments, got {settings.get("name")} with {changed}')
 
 
 def check_entry(entry: Dict[str, Any], model: Model, authors: bool) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     if parameters != entry['parameters']:
-        raise ConversionError(
+        raise DataError(
             f'checkpoint must have the {entry["parameters"]} parameters listed for this model and tag, got '
             f'{parameters}: give weights for other classes another tag')
     if entry['origin'] and not authors:
-        raise ConversionError(
+        raise DataError(
             f'checkpoint must be in the authors\' layout, as listed for {entry["model"]}.{entry["tag"]}: give weights '
             'of your own another tag')
 
@@ -240,6 +237,6 @@ def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.T
         differences = [(read(x) - logits).abs().max() / logits.abs().max() for x, logits in expected]
     found = torch.stack(differences).max().item()  # NaN if one is
     if not found <= TOLERANCE:
-        raise ConversionError(
+        raise DataError(
             f'the logits must differ by at most {TOLERANCE} relative, got {found}: nothing was written')
     return found
