@@ -1,6 +1,5 @@
 """Private names of timm and huggingface_hub: without them the package still imports and works."""
 import ast
-import hashlib
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 import timm_smpconv
-from timm_smpconv.compat import feature_take_indices, file_sha256
+from timm_smpconv.compat import feature_take_indices
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,10 +99,3 @@ def test_take_indices_against_slicing(compiled):
 def test_bad_indices(indices, message):
     with pytest.raises(ValueError, match=message):
         feature_take_indices(4, indices)
-
-
-@pytest.mark.parametrize('size', [0, 1, 2 ** 20, 2 ** 20 + 1])
-def test_sha256_of_a_file(tmp_path, size):
-    content = bytes(range(256)) * (size // 256) + b'x' * (size % 256)
-    (tmp_path / 'file').write_bytes(content)
-    assert file_sha256(tmp_path / 'file') == hashlib.sha256(content).hexdigest()

@@ -26,9 +26,8 @@ from test_checkpoint import save_as_the_authors_do
 
 from timm_smpconv import CheckpointError, pretrained
 from timm_smpconv.__main__ import main
-from timm_smpconv.compat import file_sha256
 from timm_smpconv.weights import command, conversion, drive as client
-from timm_smpconv.weights.cache import find_cached
+from timm_smpconv.weights.cache import file_sha256, find_cached
 from timm_smpconv.weights.sources import FILES, load_sources
 
 MODEL, NAME = 'smpconv_tcn_ct', 'smpconv_tcn_ct.character_trajectories'

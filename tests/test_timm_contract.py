@@ -16,9 +16,8 @@ import timm
 from conftest import IMAGENET_MODELS, SEQUENCE_MODELS
 from timm.models import save_for_hf
 
-from timm_smpconv.compat import file_sha256
 from timm_smpconv.pretrained import BUILT_IN
-from timm_smpconv.weights.cache import cache_folder
+from timm_smpconv.weights.cache import cache_folder, file_sha256
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -127,7 +127,7 @@ def cases(
     found: Dict[Tuple[int, int, int, int, int], None] = {}  # (C, H, W, K, L), in order
 
     def collect(module, inputs, output):
-        found[(*inputs[0].shape[1:], *module.kernel_size)] = None
+        found[*inputs[0].shape[1:], *module.kernel_size] = None
 
     layers = [module for module in model.modules() if _has_backends(module)]
     if not layers:

@@ -1,16 +1,14 @@
-"""Small things that timm and Python's standard library do not offer under a public name.
+"""Small things that timm does not offer under a public name.
 
 This is the only module that imports private names of timm. Each function says what happens when its name is gone.
 """
-import hashlib
 import logging
-from pathlib import Path
 from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 from timm.optim import OptimInfo
 
-__all__ = ['feature_take_indices', 'file_sha256', 'register_dataset', 'register_optimizer']
+__all__ = ['feature_take_indices', 'register_dataset', 'register_optimizer']
 
 _logger = logging.getLogger(__name__)
 
@@ -96,19 +94,3 @@ def feature_take_indices(
         if len(taken) == 0:
             raise ValueError('indices must name at least one feature, got an empty list')
     return taken, max(taken)
-
-
-def file_sha256(path: Union[str, Path]) -> str:
-    """The SHA-256 of a file in hexadecimal (`hashlib.file_digest` needs Python 3.11).
-
-    Example:
-        >>> import os
-        >>> from timm_smpconv.compat import file_sha256
-        >>> file_sha256(os.devnull)[:16]
-        'e3b0c44298fc1c14'
-    """
-    digest = hashlib.sha256()
-    with Path(path).open('rb') as file:
-        while chunk := file.read(2 ** 20):
-            digest.update(chunk)
-    return digest.hexdigest()

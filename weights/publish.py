@@ -20,8 +20,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
 from timm_smpconv.__main__ import status_of
 from timm_smpconv._errors import DataError
-from timm_smpconv.compat import file_sha256
 from timm_smpconv.pretrained import _CLIENT_ERRORS, _first_line
+from timm_smpconv.weights.cache import file_sha256
 from timm_smpconv.weights.card import with_address
 from timm_smpconv.weights.sources import FILES, SOURCES, load_sources
 

@@ -5,6 +5,7 @@ In a folder CACHE:
 - smpconv_tiny.in1k.download/: the authors' file, or what has arrived of it; deleted once it is converted
 - smpconv_tiny.in1k.lock: held by the process that downloads, converts or removes
 """
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
@@ -12,10 +13,9 @@ from typing import Any, Dict, Optional, Union
 from huggingface_hub import constants
 
 from ..checkpoint import CheckpointError
-from ..compat import file_sha256
 from .sources import FILES
 
-__all__ = ['cache_folder', 'check_cached', 'find_cached', 'origin_of']
+__all__ = ['cache_folder', 'check_cached', 'file_sha256', 'find_cached', 'origin_of']
 
 
 def cache_folder(cache_dir: Union[str, Path, None] = None) -> Path:
@@ -78,3 +78,9 @@ def check_cached(folder: Path, recorded: Optional[str]) -> None:
         raise CheckpointError(
             f'the weights in {folder} must be made of the authors\' file of sha256 {recorded}, got one of '
             f'{origin["sha256"]}; {again}')
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()

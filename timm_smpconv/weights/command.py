@@ -9,8 +9,7 @@ from filelock import FileLock, Timeout
 
 from .._errors import DataError
 from ..checkpoint import CheckpointError
-from ..compat import file_sha256
-from .cache import cache_folder, check_cached, find_cached, origin_of
+from .cache import cache_folder, check_cached, file_sha256, find_cached, origin_of
 from .conversion import check_replaceable, convert
 from .sources import FILES, load_sources
 

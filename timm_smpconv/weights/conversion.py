@@ -27,10 +27,10 @@ from ..checkpoint import (
     read_checkpoint,
     select_weights,
 )
-from ..compat import file_sha256
 from ..files import written_beside
 from ..smp_tcn import SMPTCN
 from . import authors_imagenet, authors_smp
+from .cache import file_sha256
 from .card import model_card
 from .sources import FILES, SOURCES, load_sources
 
