@@ -2,7 +2,6 @@
 
 Importing this package registers them and their optimizers: `create_model("smpconv_tiny")`.
 """
-from . import startup as startup  # first
 from ._loading import CheckpointError as CheckpointError
 from .layers import (
     MergeError as MergeError,

@@ -8,11 +8,13 @@ from typing import Any, Callable, Container, Iterable, List, Mapping, Optional
 import torch
 import torch.nn as nn
 
+from ._errors import DataError
+
 __all__ = [
     'CheckedLoading', 'CheckpointError', 'check_before_loading', 'check_keys', 'check_merged', 'check_values', 'some']
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(DataError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 

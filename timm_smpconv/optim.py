@@ -9,10 +9,9 @@ of the optimizer's state dict, and copies and pickles keep them.
 """
 import logging
 import math
-from functools import partial, wraps
-from types import MethodType
-from typing import Any, Callable, Dict, Iterable, List, Optional, TypeVar, Union
-from weakref import proxy, ref
+from functools import partial
+from typing import Any, Dict, Iterable, List, Optional, TypeVar, Union
+from weakref import proxy
 
 import torch
 import torch.nn as nn
@@ -162,27 +161,8 @@ def _register_hooks(optimizer: Optimizer) -> None:
     optimizer.register_step_pre_hook(_scale_rates)
     optimizer.register_step_post_hook(_restore_rates_and_clamp)
     optimizer.register_load_state_dict_post_hook(_mark_loaded_groups)
-    # Weak references, as an optimizer that refers to itself would outlive its last user.
+    # A weak reference, as an optimizer that refers to itself would outlive its last user.
     vars(optimizer)['add_param_group'] = partial(_add_param_group, proxy(optimizer))
-    vars(optimizer)['step'] = _guarded_step(optimizer.__class__.step, ref(optimizer))
-
-
-def _guarded_step(step: Callable, owner: ref) -> MethodType:
-    """The `step` of the optimizer `owner()`, which restores the rates if it raises: post hooks do not run then.
-
-    A method, as torch's schedulers expect. Like those schedulers' own `step`, it does not keep the optimizer alive.
-    """
-    @wraps(step)
-    def guarded(_: Any, *args: Any, **kwargs: Any) -> Any:
-        optimizer = owner()
-        if optimizer is None:
-            raise ReferenceError('the optimizer must exist while its step runs, got one that was deleted')
-        try:
-            return step(optimizer, *args, **kwargs)
-        finally:
-            _restore_rates(optimizer)
-
-    return MethodType(guarded, owner)
 
 
 def _add_param_group(optimizer: Optimizer, param_group: Dict[str, Any]) -> None:
@@ -204,15 +184,10 @@ def _scale_rates(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             group.update(lr=group['lr'] * group['radius_lr_scale'], whole_lr=group['lr'])
 
 
-def _restore_rates(optimizer: Optimizer) -> None:
-    for group in _radius_groups(optimizer):
-        group['lr'] = group.pop('whole_lr', group['lr'])
-
-
 @torch.no_grad()
 def _restore_rates_and_clamp(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _restore_rates(optimizer)
     for group in _radius_groups(optimizer):
+        group['lr'] = group.pop('whole_lr', group['lr'])
         for radius in group['params']:
             radius.clamp_(*group['radius_range'])
 

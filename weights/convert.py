@@ -6,24 +6,18 @@ The folder holds model.safetensors, config.json and the model card README.md. It
 and the model read back from it gives the logits that the checkpoint gives in a plain network, as
 timm_smpconv/tools/authors_weights/conversion.py does it.
 """
+import argparse
 import sys
+from functools import partial
+from pathlib import Path
+from typing import List, Optional
 
-try:
-    import argparse
-    from functools import partial
-    from pathlib import Path
-    from typing import List, Optional
+import timm
 
-    import timm
-
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
-    from timm_smpconv import CheckpointError
-    from timm_smpconv.tools.authors_weights.conversion import ConversionError, convert
-    from timm_smpconv.tools.console import robust_output
-    from timm_smpconv.weights.hub import SOURCES, SourcesError
-except KeyboardInterrupt:  # these imports take seconds
-    print('\nconvert: interrupted, nothing was written', file=sys.stderr)
-    sys.exit(130)
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
+from timm_smpconv.tools.authors_weights.conversion import convert
+from timm_smpconv.tools.cli import status_of
+from timm_smpconv.weights.hub import SOURCES
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -37,21 +31,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--out', required=True, type=Path, help='the folder to write')
     parser.add_argument('--sources', type=Path, default=SOURCES, help='the list of published weights (%(default)s)')
     args = parser.parse_args(argv)
-    with robust_output():
-        try:
-            for written in convert(
-                    args.checkpoint, args.model, args.out, args.tag, args.weights, args.merged, args.sources,
-                    say=partial(print, flush=True)):
-                print(
-                    f'{written.folder}: logits differ by {written.difference:.1e} relative, model.safetensors has '
-                    f'sha256 {written.sha256}')
-        except (ConversionError, CheckpointError, SourcesError, OSError) as error:
-            print(f'convert: {error}', file=sys.stderr)
-            return 1
-        except KeyboardInterrupt as error:  # its message says what was written
-            print('\n' + ', '.join(('convert: interrupted', *map(str, error.args))), file=sys.stderr)
-            return 130
-    return 0
+    return status_of('convert', partial(run, args))
+
+
+def run(args: argparse.Namespace) -> None:
+    for written in convert(
+            args.checkpoint, args.model, args.out, args.tag, args.weights, args.merged, args.sources, say=print):
+        print(
+            f'{written.folder}: logits differ by {written.difference:.1e} relative, model.safetensors has sha256 '
+            f'{written.sha256}')
 
 
 if __name__ == '__main__':

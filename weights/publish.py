@@ -2,42 +2,26 @@
 
     python weights/publish.py smpconv_tiny.in1k --repo-id timm-smpconv/smpconv_tiny.in1k
 
-Creates the repository if it does not exist, uploads the folder, downloads it again and compares, prints the commit, and
-records it in sources.yaml if that lists the repository. The token is the one of `hf auth login`, or HF_TOKEN.
+Creates the repository if it does not exist, uploads the folder, downloads it again and compares, and prints the commit
+and, if sources.yaml lists the repository, the lines to put there. The token is the one of `hf auth login`, or HF_TOKEN.
 """
+import argparse
+import json
+import shutil
 import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Dict, List, Optional
 
-try:
-    import argparse
-    import json
-    import shutil
-    import tempfile
-    from pathlib import Path
-    from typing import Dict, List, Optional
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
-    from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    from timm_smpconv.tools.authors_weights.card import with_address
-    from timm_smpconv.tools.authors_weights.sources import record
-    from timm_smpconv.tools.console import robust_output
-    from timm_smpconv.weights.hub import (
-        _CLIENT_ERRORS,
-        FILES,
-        SOURCES,
-        SourcesError,
-        _first_line,
-        file_sha256,
-        load_sources,
-    )
-except KeyboardInterrupt:  # these imports take seconds
-    print('\npublish: interrupted; nothing was published', file=sys.stderr)
-    sys.exit(130)
-
-
-class PublishError(Exception):
-    """An argument, the token or the Hub's answer is wrong."""
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the package of this checkout
+from timm_smpconv._errors import DataError
+from timm_smpconv.tools.authors_weights.card import with_address
+from timm_smpconv.tools.cli import status_of
+from timm_smpconv.weights.hub import _CLIENT_ERRORS, FILES, SOURCES, _first_line, file_sha256, load_sources
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -47,23 +31,18 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--private', action='store_true', help='create a private repository')
     parser.add_argument('--revision', default='main', help='the branch; created if missing (%(default)s)')
     parser.add_argument('--dry-run', action='store_true', help='print what would be uploaded, and upload nothing')
-    parser.add_argument('--sources', type=Path, default=SOURCES, help='where to record the commit (%(default)s)')
+    parser.add_argument('--sources', type=Path, default=SOURCES, help='the list of published weights (%(default)s)')
     args = parser.parse_args(argv)
-    with robust_output():
-        try:
-            publish(args.folder, args.repo_id, args.private, args.revision, args.dry_run, args.sources)
-        except (PublishError, SourcesError) as error:
-            print(f'publish: {error}', file=sys.stderr)
-            return 1
-        except _CLIENT_ERRORS as error:
-            print(f'publish: the request to {constants.ENDPOINT} failed: {_first_line(error)}', file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print(
-                f'\npublish: interrupted; whether anything was uploaded shows at {constants.ENDPOINT}/{args.repo_id}',
-                file=sys.stderr)
-            return 130
-    return 0
+    return status_of('publish', partial(run, args))
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        publish(args.folder, args.repo_id, args.private, args.revision, args.dry_run, args.sources)
+    except (DataError, ValueError):
+        raise
+    except _CLIENT_ERRORS as error:
+        raise DataError(f'the request to {constants.ENDPOINT} failed: {_first_line(error)}') from error
 
 
 def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: bool, sources: Path) -> None:
@@ -71,9 +50,9 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: b
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise PublishError(f'--repo-id must be ORG/NAME, got {repo_id!r}: {error}') from error
+        raise ValueError(f'--repo-id must be ORG/NAME, got {repo_id!r}: {error}') from error
     if repo_id.count('/') != 1:
-        raise PublishError(f'--repo-id must be ORG/NAME, got {repo_id!r}')
+        raise ValueError(f'--repo-id must be ORG/NAME, got {repo_id!r}')
     name = check_folder(folder, repo_id, sources)
     with tempfile.TemporaryDirectory() as staging:
         try:
@@ -83,9 +62,7 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: b
             card.write_text(with_address(card.read_text(encoding='utf-8'), repo_id), encoding='utf-8')
             hashes = {file: file_sha256(Path(staging, file)) for file in FILES}
         except UnicodeDecodeError as error:
-            raise PublishError(f'README.md in DIR must be UTF-8, got {folder}: {error}') from error
-        except OSError as error:
-            raise PublishError(f'could not copy {folder} to {staging}: {error}') from error
+            raise DataError(f'README.md in DIR must be UTF-8, got {folder}: {error}') from error
         for file, sha256 in hashes.items():
             print(f'{Path(staging, file).stat().st_size:>12,} bytes  {sha256}  {file}')
         if dry_run:
@@ -95,7 +72,7 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: b
         check_rights(api, repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
-            raise PublishError(f'--repo-id must be a private or new repository, got {repo_id}, which is public')
+            raise ValueError(f'--repo-id must be a private or new repository, got {repo_id}, which is public')
         if revision != 'main':
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         try:
@@ -103,20 +80,17 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str, dry_run: b
                 repo_id=repo_id, folder_path=staging, revision=revision,
                 commit_message=f'Weights of sha256 {hashes["model.safetensors"][:8]}').oid
         except ValueError as error:
-            raise PublishError(
+            raise DataError(
                 'README.md must be a model card that the Hub accepts; nothing was uploaded: '
                 f'{_first_line(error)}') from error
     verify(repo_id, commit, hashes)
     print(f'{constants.ENDPOINT}/{repo_id}/tree/{commit}')
     if name is None or revision != 'main':
-        print(f'not recorded: {sources.name} does not list revision {revision} of {repo_id}')
+        print(f'{sources.name} does not list revision {revision} of {repo_id}')
         return
-    try:
-        record(sources, name, {'sha256': hashes['model.safetensors'], 'commit': commit})
-    except (OSError, KeyError) as error:
-        raise PublishError(f'published, but --sources {sources} could not be updated: {error}') from error
-    print(f'recorded in {sources}; now add this line to BUILT_IN in timm_smpconv/weights/hub.py:\n'
-          f'    {name!r}: {hashes["model.safetensors"]!r},')
+    sha256 = hashes['model.safetensors']
+    print(f'now write these lines into the entry {name} of {sources}:\n  sha256: {sha256}\n  commit: {commit}')
+    print(f'and this one into BUILT_IN in timm_smpconv/weights/hub.py:\n    {name!r}: {sha256!r},')
 
 
 def check_folder(folder: Path, repo_id: str, sources: Path) -> Optional[str]:
@@ -124,42 +98,42 @@ def check_folder(folder: Path, repo_id: str, sources: Path) -> Optional[str]:
     rule = f'DIR must be a folder that weights/convert.py wrote, got {folder}'
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise PublishError(f'{rule} without {", ".join(missing)}')
+        raise DataError(f'{rule} without {", ".join(missing)}')
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         written = f'{config["architecture"]}.{config["pretrained_cfg"]["tag"]}'
         expected = config['origin']['file_sha256']
         merged = {**config['model_args']}.get('inference_mode', False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PublishError(f'{rule} with another config.json: {type(error).__name__} {error}') from error
+        raise DataError(f'{rule} with another config.json: {type(error).__name__} {error}') from error
     if file_sha256(folder / 'model.safetensors') != expected:
-        raise PublishError(f'{rule} with a model.safetensors that does not match its config.json')
+        raise DataError(f'{rule} with a model.safetensors that does not match its config.json')
     for name, entry in load_sources(sources).items():
         if entry['hub_id'].casefold() != repo_id.casefold():  # else a slip of the case would miss it
             continue
         if entry['hub_id'] != repo_id:
-            raise PublishError(f'--repo-id must be {entry["hub_id"]}, as listed in {sources.name}, got {repo_id}')
+            raise ValueError(f'--repo-id must be {entry["hub_id"]}, as listed in {sources.name}, got {repo_id}')
         if name != written or merged:
-            raise PublishError(f'DIR must hold {name}, unmerged, for --repo-id {repo_id}, got {folder} of {written}')
+            raise DataError(f'DIR must hold {name}, unmerged, for --repo-id {repo_id}, got {folder} of {written}')
         return name
     return None
 
 
 def check_rights(api: HfApi, repo_id: str) -> None:
     if get_token() is None:
-        raise PublishError('no token found: run `hf auth login` or set HF_TOKEN; nothing was created')
+        raise DataError('no token found: run `hf auth login` or set HF_TOKEN; nothing was created')
     try:
         user = api.whoami()
     except _CLIENT_ERRORS as error:
         if getattr(getattr(error, 'response', None), 'status_code', None) != 401:
             raise
-        raise PublishError(f'{constants.ENDPOINT} rejects the token; nothing was created') from error
+        raise DataError(f'{constants.ENDPOINT} rejects the token; nothing was created') from error
     owner = repo_id.split('/')[0]
     if owner not in (user['name'], *(org['name'] for org in user.get('orgs', ()))):
-        raise PublishError(
+        raise ValueError(
             f'--repo-id must belong to {user["name"]} or an organisation of theirs, got {repo_id}; nothing was created')
     if user.get('auth', {}).get('accessToken', {}).get('role') == 'read':
-        raise PublishError('the token must have write access, got a read-only one; nothing was created')
+        raise DataError('the token must have write access, got a read-only one; nothing was created')
 
 
 def verify(repo_id: str, commit: str, hashes: Dict[str, str]) -> None:
@@ -167,7 +141,7 @@ def verify(repo_id: str, commit: str, hashes: Dict[str, str]) -> None:
         for name, expected in hashes.items():
             found = file_sha256(Path(hf_hub_download(repo_id, name, revision=commit, cache_dir=cache)))
             if found != expected:
-                raise PublishError(f'{name} of {repo_id} at {commit} has sha256 {found}, but {expected} was uploaded')
+                raise DataError(f'{name} of {repo_id} at {commit} has sha256 {found}, but {expected} was uploaded')
 
 
 if __name__ == '__main__':

@@ -297,7 +297,7 @@ def test_a_reader_that_leaves(small, monkeypatch, capsys):
     os.close(closed)
     stdout = TextIOWrapper(os.fdopen(pipe, 'wb'))
     monkeypatch.setattr(sys, 'stdout', stdout)
-    assert main(['backends', 'smpconv_tiny', '--image-size', '64', '--device', 'cpu']) == 0
+    assert main(['backends', 'smpconv_tiny', '--image-size', '64', '--device', 'cpu']) == 1
     stdout.close()  # as Python does at its end; raises if something is left to write
     assert capsys.readouterr().err == ''
 

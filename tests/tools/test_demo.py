@@ -1,4 +1,5 @@
 """The command line and the demo, as a user starts them."""
+import errno
 import os
 import resource
 import signal
@@ -58,8 +59,7 @@ def start(tmp_path, *arguments, **kwargs):
 
 def default_signals():
     """Shells ignore SIGINT in the background."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def names(folder):
@@ -104,36 +104,22 @@ def test_the_seed_decides(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_process_cleanly(tmp_path, number):
+def test_an_interrupt_ends_a_process_cleanly(tmp_path):
     process = start(tmp_path, '--epochs', '1000', text=True)
     assert 'from scratch on 32 handwritten digits' in process.stdout.readline()
     process.stderr.read(1)  # of the progress of the training
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.endswith('timm-smpconv demo: interrupted, nothing was written\n') and 'Traceback' not in err
+    assert err.endswith('timm-smpconv demo: interrupted\n') and 'Traceback' not in err
     assert not names(tmp_path)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(small, number, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, '_accuracy', lambda *args: signal.raise_signal(number))
+def test_an_interrupt_leaves_nothing(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, '_accuracy', lambda *args: signal.raise_signal(signal.SIGINT))
     assert main(['demo', '--epochs', '1', '--out', str(tmp_path / 'out')]) == 130
-    assert capsys.readouterr().err.endswith('\ntimm-smpconv demo: interrupted, nothing was written\n')
+    assert capsys.readouterr().err.endswith('\ntimm-smpconv demo: interrupted\n')
     assert not names(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('stderr', [subprocess.PIPE, subprocess.STDOUT])
-def test_results_are_written_though_the_reader_has_gone(tmp_path, stderr):
-    """`demo | head -n 1`, and `demo 2>&1 | head -n 1`."""
-    process = start(tmp_path, stderr=stderr)
-    process.stdout.readline()
-    process.stdout.close()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and b'Traceback' not in (err or b'') and b'ignored' not in (err or b'')
-    assert names(tmp_path / 'out') == FILES
 
 
 @pytest.mark.slow
@@ -142,7 +128,7 @@ def test_a_terminal_that_knows_ascii_only(tmp_path):
     process = start(tmp_path / 'ü', env={'PYTHONIOENCODING': 'ascii'})
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert b'handwritten digits of 48x48' in out and 'ü/out/; to load:'.encode() in out
+    assert b'handwritten digits of 48x48' in out and rb'\xfc/out/; to load:' in out
     assert names(tmp_path / 'ü' / 'out') == FILES
 
 
@@ -165,7 +151,8 @@ def test_an_output_that_is_a_file_is_refused_before_training(out, tmp_path, caps
     (tmp_path / 'out').touch()
     assert main(['demo', '--out', str(tmp_path / out)]) == 1
     captured = capsys.readouterr()
-    assert '--out must be a folder that can be written' in captured.err and captured.out == ''
+    assert f'{tmp_path / out} must be a folder or a new one, got a file at {tmp_path}/out' in captured.err
+    assert captured.out == ''
     assert names(tmp_path) == ['out']
 
 
@@ -189,7 +176,7 @@ def test_a_full_disk(small, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert status == 1 and 'could not write model.safetensors: ' in last
+    assert status == 1 and os.strerror(errno.EFBIG) in last
     assert names(tmp_path) == ['model.safetensors'] and (tmp_path / 'model.safetensors').read_text() == 'earlier'
 
 

@@ -542,14 +542,14 @@ FIELD = ['receptive-field', 'smpconv_tiny', '--images', 'images', '--image-size'
     (['kernels', 'smpconv_tinny'], 2, "MODEL must be a name that timm.list_models() lists, got 'smpconv_tinny'"),
     (['kernels', 'resnet10t'], 2, 'model must have SMP kernels, got ResNet without'),
     (['kernels', 'smpconv_tiny', '--stage', '9'], 2, 'stages must be among 0, 1, 2, 3, got 9'),
-    (['kernels', 'smpconv_tiny', '--checkpoint', 'none.pth'], 2, "file must exist, got 'none.pth'"),
-    (['kernels', 'smpconv_tiny', '--pretrained'], 2, 'must have weights that can be loaded: there are none'),
-    (['kernels', 'smpconv_tiny', '--out', 'images/0.png/a.png'], 1, '--out must be a file that can be written'),
+    (['kernels', 'smpconv_tiny', '--checkpoint', 'none.pth'], 1, "file must exist, got 'none.pth'"),
+    (['kernels', 'smpconv_tiny', '--pretrained'], 1, 'must have weights that can be loaded: there are none'),
+    (['kernels', 'smpconv_tiny', '--out', 'images/0.png/a.png'], 1, '0.png must be a folder or a new one, got a '),
     (['kernels', 'smpconv_tiny', '--out', 'folder.png'], 1, 'folder.png must be a file or not exist, got a folder'),
     ([*FIELD[:3], 'empty', '--image-size', '32'], 2, 'files *.png, *.jpg or *.jpeg in it or below, got empty'),
     ([*FIELD[:3], 'none', '--image-size', '32'], 2, 'images must be in a folder, got none'),
     ([*FIELD[:3], 'broken'], 2, f'images must be files that Pillow reads, got {Path("broken/a.png")}'),
-    ([*FIELD[:3], 'a' * 300], 2, 'receptive-field: '),  # which `stat` refuses: --images, not --out
+    ([*FIELD[:3], 'a' * 300], 1, 'File name too long'),
     ([*FIELD[:3], 'large'], 2, f'images must be files that Pillow reads, got {Path("large/a.png")}: Image size (4000'),
     ([*FIELD, '--checkpoint', 'a', 'b'], 2, '--checkpoint must name one file for each MODEL, got 2 for 1'),
     (['receptive-field', 'smpconv_tcn_ct', *FIELD[2:]], 2, 'smpconv_tcn_ct with images of 32x32: x must have'),
@@ -600,5 +600,5 @@ def test_an_interrupt_leaves_nothing(small, capsys, monkeypatch):
 
     monkeypatch.setattr(pictures, 'find_kernels', interrupted)
     assert main(['picture', 'kernels', 'smpconv_tiny']) == 130
-    assert capsys.readouterr().err == '\ntimm-smpconv picture: interrupted, nothing was written\n'
+    assert capsys.readouterr().err == '\ntimm-smpconv picture kernels: interrupted\n'
     assert listed() == []

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]  # torchvision carries no type hints
 
+from .._errors import DataError
 from .merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
 
 __all__ = [
@@ -33,7 +34,7 @@ _NORM_FORWARDS = (  # BatchNorm1d and BatchNorm2d have the same one
 _FROZEN_NORM_FORWARDS = (FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)  # the same in training mode
 
 
-class MergeError(RuntimeError):
+class MergeError(DataError):
     """A module cannot be merged exactly.
 
     Args:

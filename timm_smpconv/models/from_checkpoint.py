@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 
+from .._errors import DataError
 from ..weights.checkpoint import (
     CheckpointError,
     checkpoint_filter_fn,
@@ -33,7 +34,8 @@ def build_network(name: str, checkpoint: Optional[Path] = None, pretrained: bool
         pretrained: Without a checkpoint, take the weights that timm downloads, not initial ones.
 
     Raises:
-        ValueError: No model has this name, or its weights cannot be downloaded.
+        ValueError: No model has this name.
+        DataError: Its weights cannot be downloaded.
         CheckpointError: The checkpoint cannot be read, or does not fit the model.
 
     Example:
@@ -48,7 +50,7 @@ def build_network(name: str, checkpoint: Optional[Path] = None, pretrained: bool
     try:
         model = timm.create_model(name, pretrained=pretrained and checkpoint is None)
     except (OSError, RuntimeError) as error:  # an unknown tag; of the Hub's client
-        raise ValueError(f'MODEL {name!r} must have weights that can be loaded: {_short(error)}') from error
+        raise DataError(f'MODEL {name!r} must have weights that can be loaded: {_short(error)}') from error
     if checkpoint is not None:
         content = read_checkpoint(checkpoint)
         try:

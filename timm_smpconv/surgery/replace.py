@@ -4,9 +4,10 @@ Shapes: B batch, C channels, k×k samples of a kernel that was there, K×K of th
 ones, too), N the number of all samples of a kernel, P points, R rows that span the kernels of all channels.
 """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Generator, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -19,7 +20,7 @@ from ..layers.smp_conv import SMPConv2d
 from ..layers.smp_kernel import SMPKernel
 from ..ops.render import grid
 
-__all__ = ['ReplaceReport', 'Replacement', 'replace_depthwise']
+__all__ = ['ReplaceReport', 'Replacement', 'evaluation_mode', 'replace_depthwise']
 
 _Size = Tuple[int, int]
 _int_or_pair = Union[int, _Size]
@@ -467,11 +468,18 @@ def _first_outputs(
 @torch.no_grad()
 def _outputs(model: nn.Module, images: torch.Tensor) -> List[torch.Tensor]:
     """All tensors that a model returns in evaluation mode; it stays in its mode."""
+    with evaluation_mode(model):
+        return [y.detach().to('cpu', torch.float64) for y in _tensors(model(images))]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
+    """Evaluation mode, and then the mode of each module again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
             module.training = False  # `eval()` may do more than this in a module that overrides `train`
-        return [y.detach().to('cpu', torch.float64) for y in _tensors(model(images))]
+        yield
     finally:
         for module, training in modes:
             module.training = training

@@ -1,32 +1,34 @@
 """The command line: `timm-smpconv` or `python -m timm_smpconv`."""
 import argparse
+import io
+import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Type
 
 import timm
 import torch
 
-from .. import __version__, startup
+from .. import __version__
+from .._errors import DataError
+from .._files import check_no_folder, written_beside
 from ..models.from_checkpoint import build_network
 from ..training.recipes import recipe_names, recipe_path
 from ..weights import hub
-from ..weights.checkpoint import CheckpointError
-from ..weights.hub import SourcesError
 from . import backend_report
-from ._files import replace_together
 from .authors_weights import command as weights
-from .authors_weights.conversion import ConversionError
-from .console import robust_output
 from .receptive_field import find_images, own_size, read_images, receptive_field, share_table
-from .timm_scripts import ScriptError, find_script, run_script
+from .timm_scripts import find_script, run_script
 
-startup.finished()
+# What a program ends with, by the kind of its error. Any other error is a defect and keeps its traceback.
+STATUS: Dict[Type[Exception], int] = {DataError: 1, OSError: 1, ValueError: 2}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-smpconv', description='SMPConv models for timm.')
     parser.add_argument('--version', action='version', version=__version__)
+    parser.set_defaults(extra=None)  # that the command needs
     commands = parser.add_subparsers(dest='command', required=True)
 
     demo = commands.add_parser(
@@ -39,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         '--out', type=Path, default=Path('smpconv-demo'),
         help='folder for checkpoints and pictures, by default %(default)s')
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, extra='demo')
 
     recipe = commands.add_parser(
         'recipe', help="print the path of a recipe for timm's train.py -c or for sequence fit --config")
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
     digits = commands.add_parser('digits', help='write real handwritten digits as folders of images')
     digits.add_argument('folder', type=Path, metavar='DIR', help='an empty folder or a new one')
-    digits.set_defaults(run=_digits)
+    digits.set_defaults(run=_digits, extra='demo')
 
     of_weights = commands.add_parser(
         'weights', help="download the authors' weights, convert and verify them; pretrained=True then takes them")
@@ -70,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         '--cache-dir', type=Path, metavar='DIR',
         help="the cache, by default in Hugging Face's folder of assets (HF_ASSETS_CACHE); pass another one to "
         'create_model, too')
-    of_weights.set_defaults(run=_weights)
+    of_weights.set_defaults(run=_weights, extra='weights')
 
     which = commands.add_parser(
         'backends', help='print by what this machine would compute the convolutions of a model, and why')
@@ -89,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     which.set_defaults(run=_backends)
 
     picture = commands.add_parser('picture', help='draw kernels with their points, or effective receptive fields')
+    picture.set_defaults(extra='demo')
     pictures = picture.add_subparsers(dest='picture', required=True)
 
     kernels = pictures.add_parser('kernels', help='draw kernels and, unless the network is merged, their points')
@@ -128,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         'sequence', help='train, validate or test a sequence network with PyTorch Lightning', add_help=False,
         prefix_chars='\0')  # all arguments, options too, are Lightning's
     sequence.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS')
-    sequence.set_defaults(run=_sequence)
+    sequence.set_defaults(run=_sequence, extra='sequences')
     return parser
 
 
@@ -148,118 +151,71 @@ def _picture_file(text: str) -> Path:
     return path
 
 
-def _demo(args: argparse.Namespace) -> int:
-    try:
-        from .demo.demo import run  # needs the extra `demo`
-    except ModuleNotFoundError as error:
-        print(f'timm-smpconv demo: {error.name} is missing; it comes with the extra "demo"', file=sys.stderr)
-        return 1
-    try:
-        run(args.model, args.epochs, args.seed, args.out)
-    except OSError as error:
-        print(f'timm-smpconv demo: --out must be a folder that can be written: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(str(error) or 'nothing was written') from error
-    return 0
+def _demo(args: argparse.Namespace) -> None:
+    from .demo.demo import run
+    run(args.model, args.epochs, args.seed, args.out)
 
 
-@robust_output()
-def _recipe(args: argparse.Namespace) -> int:
-    if args.name is None:
-        print('\n'.join(recipe_names()))
-        return 0
-    try:
-        print(recipe_path(args.name))
-    except ValueError as error:
-        print(f'timm-smpconv recipe: {error}', file=sys.stderr)
-        return 2
-    return 0
+def _recipe(args: argparse.Namespace) -> None:
+    print('\n'.join(recipe_names()) if args.name is None else recipe_path(args.name))
 
 
 def _run(args: argparse.Namespace) -> int:
+    script = find_script(args.script)
     try:
-        run_script(find_script(args.script), args.args)
-    except ScriptError as error:
-        print(f'timm-smpconv run: {error}', file=sys.stderr)
-        return 2
+        run_script(script, args.args)
+    except Exception:  # the script's own: shown as Python shows it
+        traceback.print_exc()
+        return 1
     return 0
 
 
-@robust_output()
-def _digits(args: argparse.Namespace) -> int:
-    try:
-        from .demo.digits import write_digits  # needs the extra `demo`
-    except ModuleNotFoundError as error:
-        print(f'timm-smpconv digits: {error.name} is missing; it comes with the extra "demo"', file=sys.stderr)
-        return 1
-    try:
-        images = write_digits(args.folder)
-    except OSError as error:
-        print(f'timm-smpconv digits: {error}', file=sys.stderr)
-        return 1
+def _digits(args: argparse.Namespace) -> None:
+    from .demo.digits import write_digits
+    images = write_digits(args.folder)
     print(f'{len(images)} images in {args.folder}')
-    return 0
 
 
-@robust_output()
-def _weights(args: argparse.Namespace) -> int:
+def _weights(args: argparse.Namespace) -> None:
     given = [option for option in ('file', 'list', 'remove') if getattr(args, option)]
     if len(given) > 1 or (args.name is None) != args.list:
-        print(
-            'timm-smpconv weights: arguments must be NAME, NAME --file FILE, NAME --remove or --list', file=sys.stderr)
-        return 2
-    try:
-        if args.list:
-            print('\n'.join(weights.listing(args.cache_dir)))
-        elif args.remove:
-            weights.remove(args.name, args.cache_dir, say=print)
-        else:
-            folder = weights.fetch(args.name, args.file, args.cache_dir, say=print)
-            place = f', cache_dir="{args.cache_dir}"' if args.cache_dir else ''
-            way = f'"local-dir:{folder}", pretrained=True' if hub.BUILT_IN[folder.name] else (
-                f'"{args.name}", pretrained=True{place}')
-            print(f'timm.create_model({way}) takes it from there')
-    except (weights.WeightsError, ConversionError, CheckpointError, SourcesError, OSError) as error:
-        print(f'timm-smpconv weights: {error}', file=sys.stderr)
-        return 1
-    return 0
+        raise ValueError('arguments must be NAME, NAME --file FILE, NAME --remove or --list')
+    if args.list:
+        print('\n'.join(weights.listing(args.cache_dir)))
+    elif args.remove:
+        weights.remove(args.name, args.cache_dir, say=print)
+    else:
+        folder = weights.fetch(args.name, args.file, args.cache_dir, say=print)
+        place = f', cache_dir="{args.cache_dir}"' if args.cache_dir else ''
+        way = f'"local-dir:{folder}", pretrained=True' if hub.BUILT_IN[folder.name] else (
+            f'"{args.name}", pretrained=True{place}')
+        print(f'timm.create_model({way}) takes it from there')
 
 
-@robust_output()
-def _backends(args: argparse.Namespace) -> int:
+def _backends(args: argparse.Namespace) -> None:
     try:
         for line in backend_report.page(
                 args.models, args.image_size, args.batch, args.channels_last, getattr(torch, args.dtype), args.device,
                 args.measure):
             print(line)
-    except ValueError as error:
-        print(f'timm-smpconv backends: {error}', file=sys.stderr)
-        return 2
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or 'allocate memory' in str(error)):  # on the CPU
             raise
-        print('timm-smpconv backends: --batch and --image-size must fit into the memory, they do not', file=sys.stderr)
-        return 2
-    return 0
+        raise ValueError('--batch and --image-size must fit into the memory, they do not') from error
 
 
-@robust_output()
-def _picture_kernels(args: argparse.Namespace) -> int:
+def _picture_kernels(args: argparse.Namespace) -> None:
     def draw(pictures: Any) -> Any:
         model = build_network(args.model, args.checkpoint, args.pretrained)
         return pictures.draw_kernels(pictures.find_kernels(model, args.stage, args.channels))
 
-    return _write_picture(args, draw)
+    _write_picture(args.out, draw)
 
 
-@robust_output()
-def _picture_receptive_field(args: argparse.Namespace) -> int:
+def _picture_receptive_field(args: argparse.Namespace) -> None:
     if args.checkpoint and len(args.checkpoint) != len(args.models):
-        print(
-            f'timm-smpconv picture receptive-field: --checkpoint must name one file for each MODEL, got '
-            f'{len(args.checkpoint)} for {len(args.models)}', file=sys.stderr)
-        return 2
+        raise ValueError(
+            f'--checkpoint must name one file for each MODEL, got {len(args.checkpoint)} for {len(args.models)}')
 
     def draw(pictures: Any) -> Any:
         from tqdm import tqdm  # of the extra `demo`
@@ -284,62 +240,54 @@ def _picture_receptive_field(args: argparse.Namespace) -> int:
         print(share_table(fields))
         return pictures.draw_receptive_fields(fields)
 
-    return _write_picture(args, draw)
+    _write_picture(args.out, draw)
 
 
-def _write_picture(args: argparse.Namespace, draw: Callable[[Any], Any]) -> int:
+def _write_picture(out: Path, draw: Callable[[Any], Any]) -> None:
     """Write what `draw` returns for the module `pictures`. A file that cannot be written is found before it draws."""
-    command = f'timm-smpconv picture {args.picture}'
-    try:
-        from . import pictures  # needs the extra `demo`
-    except ModuleNotFoundError as error:
-        print(f'{command}: {error.name} is missing; it comes with the extra "demo"', file=sys.stderr)
-        return 1
-
-    def check(path: Path) -> None:
-        if path.is_dir():
-            raise IsADirectoryError(f'{path} must be a file or not exist, got a folder')
-
-    try:
-        with replace_together(args.out.parent, [args.out.name], check) as folder:
-            try:
-                figure = draw(pictures)
-            except OSError as error:  # of what it reads
-                raise ValueError(str(error)) from error
-            pictures.save_figure(figure, folder / args.out.name)
-    except OSError as error:
-        print(f'{command}: --out must be a file that can be written: {error}', file=sys.stderr)
-        return 1
-    except (CheckpointError, ValueError) as error:
-        print(f'{command}: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
-    print(f'wrote {args.out}')
-    return 0
+    from . import pictures
+    check_no_folder(out)
+    with written_beside(out.parent) as folder:
+        pictures.save_figure(draw(pictures), folder / out.name)
+    print(f'wrote {out}')
 
 
-def _sequence(args: argparse.Namespace) -> int:
-    try:
-        from ..training.sequences import DataError  # needs the extra `sequences`
-        from ..training.sequences.cli import OptionError, run
-    except ModuleNotFoundError as error:
-        print(f'timm-smpconv sequence: {error.name} is missing; it comes with the extra "sequences"', file=sys.stderr)
-        return 1
-    try:
-        run(args.args)
-    except (DataError, CheckpointError, OptionError) as error:
-        print(f'timm-smpconv sequence: {" ".join(str(error).split())}', file=sys.stderr)
-        return 1
-    return 0
+def _sequence(args: argparse.Namespace) -> None:
+    from ..training.sequences.cli import run
+    run(args.args)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    command = ''
+    args = _parser().parse_args(argv)
+    names = ['timm-smpconv', args.command, getattr(args, 'picture', '')]
+    return status_of(' '.join(filter(None, names)), lambda: args.run(args), args.extra)
+
+
+def status_of(program: str, run: Callable[[], Optional[int]], extra: Optional[str] = None) -> int:
+    """Run a program and return its exit status. Errors that users meet are told in one line.
+
+    Args:
+        program: Its name, for that line.
+        run: What it does; may return a status.
+        extra: The extra of this package that it needs.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)  # for limited encodings; for pipes
     try:
-        with robust_output():
-            args = _parser().parse_args(argv)
-        command = f' {args.command}'
-        return args.run(args)
-    except KeyboardInterrupt as error:
-        details = f', {error}' if str(error) else ''
-        print(f'\ntimm-smpconv{command}: interrupted{details}', file=sys.stderr)
+        status = run() or 0
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(f'\n{program}: interrupted', file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has gone: keep Python's flush at exit from failing, as its documentation does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        print(f'{program}: {error.name} is missing; it comes with the extra "{extra}"', file=sys.stderr)
+        return 1
+    except tuple(STATUS) as error:
+        print(f'{program}: {" ".join(str(error).split())}', file=sys.stderr)
+        return next(status for kind, status in STATUS.items() if isinstance(error, kind))

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, get_img_extensions, resolve_data_config
 
+from ..surgery.replace import evaluation_mode
+
 __all__ = [
     'SHARES', 'Square', 'find_images', 'own_size', 'read_images', 'receptive_field', 'share_table', 'smallest_square']
 
@@ -107,18 +109,15 @@ def _centre(model: nn.Module, features: Any) -> torch.Tensor:
 @contextmanager
 def _frozen(model: nn.Module) -> Generator[None, None, None]:
     """Evaluation mode, without gradients of the parameters, which would be computed in vain."""
-    modes = [(module, module.training) for module in model.modules()]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     for p in parameters:
         p.requires_grad_(False)
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         for p in parameters:
             p.requires_grad_()
-        for module, training in modes:
-            module.training = training
 
 
 def smallest_square(field: torch.Tensor, share: float) -> Square:

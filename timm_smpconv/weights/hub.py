@@ -1,4 +1,4 @@
-"""Pretrained weights: where they are, and downloads and files that are verified before timm loads them.
+"""Pretrained weights: where they are, and downloads and files that are read before timm loads them.
 
 `sources.yaml` lists them. While the Hub has none, converted weights are kept for `pretrained=True` in a folder CACHE:
 
@@ -18,10 +18,10 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from safetensors import safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
-from .checkpoint import CheckpointError, check_archive, count_classes, read_checkpoint, select_weights
+from .checkpoint import CheckpointError, count_classes, read_checkpoint, select_weights
 
 __all__ = [
-    'BUILT_IN', 'FILES', 'SOURCES', 'SourcesError', 'cache_folder', 'check_cached', 'file_sha256', 'find_cached',
+    'BUILT_IN', 'FILES', 'SOURCES', 'cache_folder', 'check_cached', 'file_sha256', 'find_cached',
     'hub_id', 'load_sources', 'origin_of', 'prepare_pretrained']
 
 _logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 NAMESPACE = 'timm-smpconv'  # of the built-in weights, as timm-smpconv/smpconv_tiny.in1k
 FILE = 'model.safetensors'
 # model.tag of the weights that have a source (sources.yaml) → sha256 of the file on the Hub, None before it is
-# published. `pretrained=True` accepts no other file; before, it takes converted weights from the cache.
+# published; before, `pretrained=True` takes converted weights from the cache.
 BUILT_IN: Dict[str, Optional[str]] = {
     'smpconv_tiny.in1k': None,
     'smpconv_base.in1k': None,
@@ -43,20 +43,11 @@ BUILT_IN: Dict[str, Optional[str]] = {
 }
 FILES = ('README.md', 'config.json', 'model.safetensors')  # of a folder that is converted and published
 SOURCES = Path(__file__).parent / 'sources.yaml'
-KEYS = (
-    'model', 'tag', 'origin', 'license', 'parameters', 'gmacs', 'top1', 'top1_source', 'dataset', 'hub_id', 'sha256',
-    'commit')
-PARTS = {'origin': ('page', 'file', 'weights', 'bytes', 'sha256'), 'dataset': ('name', 'id', 'pipeline')}
 _LOCATIONS = ('state_dict', 'file', 'hf_hub_id', 'url')  # in timm's order of preference
-_ARCHIVES = ('.bin', '.pth', '.tar')  # what timm reads from a folder that has no .safetensors file
 # The client's own errors, those of its HTTP library, which depends on its version, and those of hf_xet.
 _CLIENT_ERRORS: Tuple[Type[Exception], ...] = (
     OSError, RuntimeError, EntryNotFoundError,
     *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
-
-
-class SourcesError(Exception):
-    """`sources` is not such a file."""
 
 
 def hub_id(name: str) -> Optional[str]:
@@ -76,7 +67,7 @@ def _repository(name: str) -> str:
 
 
 def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Verify the weights of a model before timm builds it, so that an error says what is wrong with them.
+    """Find the weights of a model before timm builds it, so that an error says what is wrong with them.
 
     A file is read here and handed over to timm. A file of the Hub is downloaded into the client's cache, where timm
     finds it. Built-in weights that are not published yet are taken from the cache that `timm-smpconv weights` fills, if
@@ -91,7 +82,7 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         The arguments to continue with.
 
     Raises:
-        CheckpointError: No weights are known, they cannot be read or downloaded, or they are not the published ones.
+        CheckpointError: No weights are known, or they cannot be read or downloaded.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     named = any(overlay.get(key) for key in _LOCATIONS)
@@ -108,9 +99,9 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             return dict(kwargs, pretrained_cfg_overlay=overlay)
         overlay['hf_hub_id'] = _repository(name)
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    if cfg.source == 'local-dir' and cfg.file:
-        _check_folder(Path(cfg.file))
-    elif cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
+    if cfg.source == 'local-dir':
+        return dict(kwargs, pretrained_cfg_overlay=overlay)  # timm reads the folder
+    if cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
         content = cfg.state_dict or read_checkpoint(str(cfg.file))
         state_dict = overlay['state_dict'] = select_weights(content)[0]
         shapes = {key: getattr(value, 'shape', ()) for key, value in state_dict.items()}
@@ -135,13 +126,6 @@ def _is_built_in(name: str, cfg: PretrainedCfg) -> bool:
     """Whether a cfg means the built-in weights of that name, and not others that it gives a place of their own."""
     elsewhere = cfg.source in ('hf-hub', 'local-dir') or cfg.state_dict or cfg.file or cfg.url
     return name in BUILT_IN and not elsewhere and cfg.hf_hub_id in (None, _repository(name))
-
-
-def _check_folder(folder: Path) -> None:
-    if not any(folder.glob('*.safetensors')):
-        for path in sorted(folder.glob('*')):
-            if path.suffix in _ARCHIVES:
-                check_archive(path)
 
 
 def _read_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:
@@ -170,12 +154,12 @@ def _declare_classes(
 
 
 def _fetch(variant: str, hub_id: str, cfg: PretrainedCfg, cache_dir: Union[str, Path, None]) -> Optional[Path]:
-    """Path of a verified file in the cache; None if a repository has its weights under another name."""
+    """Path of the file in the cache; None if a repository has its weights under another name."""
     repo, _, revision = hub_id.partition('@')
     named = cfg.hf_hub_filename or ''
     name = named if named.endswith('.safetensors') else FILE  # timm prefers it to the others
     try:
-        path = Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir))
+        return Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir))
     except _CLIENT_ERRORS as error:
         absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         if absent and cfg.source == 'hf-hub':
@@ -184,8 +168,6 @@ def _fetch(variant: str, hub_id: str, cfg: PretrainedCfg, cache_dir: Union[str, 
             f'could not download the weights of {variant}: tried {name} of {hub_id} at {constants.ENDPOINT} and '
             f'in the cache {cache_dir or constants.HF_HUB_CACHE}{_way_round(variant, hub_id, cache_dir)}. The client '
             f'reported: {_first_line(error)}') from error
-    _verify_download(path, cfg, revision)
-    return path
 
 
 def _way_round(variant: str, hub_id: str, cache_dir: Union[str, Path, None]) -> str:
@@ -198,27 +180,6 @@ def _way_round(variant: str, hub_id: str, cache_dir: Union[str, Path, None]) -> 
         f'{variant}{option}`, which puts the authors\' there; or load a file of theirs with '
         f'timm.create_model("{variant}", pretrained=True, pretrained_cfg_overlay=dict(file="FILE.pth")), or a folder '
         'that weights/convert.py wrote with timm.create_model("local-dir:DIR", pretrained=True)')
-
-
-def _verify_download(path: Path, cfg: PretrainedCfg, revision: str) -> None:
-    """Compare the hash of a cached file with what was announced (the client compares sizes only); remove a bad file."""
-    blob = path.resolve()
-    announced = blob.name if len(blob.name) == 64 else None  # the name of a large file, where the cache has links
-    found = file_sha256(blob)
-    if announced and found != announced:
-        path.unlink(missing_ok=True)
-        blob.unlink(missing_ok=True)
-        raise CheckpointError(
-            f'the file of {cfg.hf_hub_id} must have the announced sha256 {announced}, got {found}. It was removed from '
-            'the cache: try again, and if the error persists report it to those who host the file')
-    name = f'{cfg.architecture}.{cfg.tag}'
-    recorded = BUILT_IN.get(name)
-    ours = cfg.hf_hub_id == _repository(name) and cfg.source != 'hf-hub' and not revision
-    if ours and recorded and found != recorded:
-        raise CheckpointError(
-            f'the file of {cfg.hf_hub_id} must have the sha256 {recorded} that this version of timm-smpconv knows, got '
-            f'{found}: it was changed after the release. Update timm-smpconv, or name the weights yourself with '
-            f'timm.create_model("hf-hub:{cfg.hf_hub_id}", pretrained=True)')
 
 
 def _first_line(error: Exception) -> str:
@@ -288,43 +249,16 @@ def check_cached(folder: Path, recorded: Optional[str]) -> None:
 
 
 def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
-    """model.tag → its entry.
-
-    Raises:
-        SourcesError: The file cannot be read, or an entry lacks one of KEYS or has a wrong one.
-    """
-    rule = f'sources must be a YAML file that gives {", ".join(KEYS)} for each MODEL.TAG, got {path}'
-    try:
-        entries = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SourcesError(f'{rule}, which could not be read: {" ".join(str(error).split())}') from error
-    if not isinstance(entries, dict):
-        raise SourcesError(f'{rule} with {"nothing" if entries is None else f"a {type(entries).__name__}"} in it')
-    for name, entry in entries.items():
-        missing = [key for key in KEYS if key not in entry] if isinstance(entry, dict) else KEYS
-        if missing:
-            raise SourcesError(f'{rule}, where {name} lacks {", ".join(missing)}')
-        for part, keys in PARTS.items():
-            given = entry[part]
-            lacking = [key for key in keys if not (isinstance(given, dict) and key in given)]
-            if lacking and (given or part == 'dataset'):
-                raise SourcesError(f'{rule}, where the {part} of {name} lacks {", ".join(lacking)}')
-        if not isinstance(entry['hub_id'], str):
-            raise SourcesError(f'{rule}, where the hub_id of {name} is {entry["hub_id"]!r}')
-    return entries
-
-
-def file_sha256(path: Union[str, Path]) -> str:
-    """The SHA-256 of a file in hexadecimal (`hashlib.file_digest` needs Python 3.11).
+    """model.tag → its entry in sources.yaml.
 
     Example:
-        >>> import os
-        >>> from timm_smpconv.weights.hub import file_sha256
-        >>> file_sha256(os.devnull)[:16]
-        'e3b0c44298fc1c14'
+        >>> load_sources()['smpconv_tiny.in1k']['license']
+        'mit'
     """
-    digest = hashlib.sha256()
-    with Path(path).open('rb') as file:
-        while chunk := file.read(2 ** 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return yaml.safe_load(path.read_text(encoding='utf-8'))
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -7,18 +7,15 @@ from typing import Any, Callable, Dict, Generator, List, Optional, Tuple
 
 from filelock import FileLock, Timeout
 
+from ..._errors import DataError
 from ...weights.checkpoint import CheckpointError
 from ...weights.hub import FILES, cache_folder, check_cached, file_sha256, find_cached, load_sources, origin_of
-from .conversion import ConversionError, check_replaceable, convert
+from .conversion import check_replaceable, convert
 
-__all__ = ['WeightsError', 'fetch', 'listing', 'remove']
+__all__ = ['fetch', 'listing', 'remove']
 
 _logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
-
-
-class WeightsError(Exception):
-    """There are no such weights, or they could not be downloaded."""
 
 
 def fetch(
@@ -41,15 +38,15 @@ def fetch(
         The folder.
 
     Raises:
-        WeightsError: There are no such weights, or they could not be downloaded.
-        ConversionError, CheckpointError: The file is not the authors', or is damaged.
-        OSError: Something could not be written.
-        KeyboardInterrupt: Interrupted. Its message says what is kept.
+        ValueError: NAME is no model.
+        DataError: There are no such weights, they could not be downloaded, or the file is not the authors' or damaged.
+        OSError: Something could not be read or written.
+        ModuleNotFoundError: A download needs the extra `weights`.
     """
     name, entry = _find(name)
     origin = entry['origin']
     if not origin:
-        raise WeightsError(
+        raise DataError(
             f'there are no weights of {entry["model"]}: the authors published none. Train it with timm\'s train.py and '
             f'the recipe that `timm-smpconv recipe {entry["recipe"]}` names')
     folder = cache_folder(cache_dir) / name
@@ -74,7 +71,7 @@ def fetch(
             except CheckpointError as error:
                 say(f'{error}: replacing it')
         download = folder.with_name(f'{name}.download')
-        _check_place(folder, file or download / 'checkpoint')
+        check_replaceable(folder, file or download / 'checkpoint')  # before anything is downloaded
         if file:
             say(f'{name} from {file}, {_licence(entry)}')
             _convert(file, entry, folder, say)
@@ -82,11 +79,9 @@ def fetch(
             downloaded = _download(name, entry, download, say)
             try:
                 _convert(downloaded, entry, folder, say)
-            except (CheckpointError, ConversionError) as error:
+            except DataError as error:
                 shutil.rmtree(download)
-                raise WeightsError(f'{error}; the downloaded file was deleted') from error
-            except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(', '.join((*map(str, error.args), 'the download is kept'))) from error
+                raise DataError(f'{error}; the downloaded file was deleted') from error
             shutil.rmtree(download)
         return folder
 
@@ -109,7 +104,8 @@ def remove(name: str, cache_dir: Optional[Path] = None, say: Say = _logger.info)
     """Delete weights from the cache, and what was downloaded of them.
 
     Raises:
-        WeightsError: There are no such weights in the cache, or other files are in their place.
+        ValueError: NAME is no model, or the cache has no weights of it.
+        DataError: Other files are in their place.
         OSError: Something could not be deleted.
     """
     name, _ = _find(name)
@@ -117,10 +113,10 @@ def remove(name: str, cache_dir: Optional[Path] = None, say: Say = _logger.info)
     download = folder.with_name(f'{name}.download')
     found = [path for path in (folder, download) if path.exists()]
     if not found:
-        raise WeightsError(f'NAME must be that of weights in the cache {folder.parent}, got {name}')
+        raise ValueError(f'NAME must be that of weights in the cache {folder.parent}, got {name}')
     others = [path for path in _files(folder) if path.name not in FILES or path.parent != folder]
     if others:
-        raise WeightsError(f'{folder} must hold nothing but {", ".join(FILES)} to be removed, got {others[0]}')
+        raise DataError(f'{folder} must hold nothing but {", ".join(FILES)} to be removed, got {others[0]}')
     with _lock(name, cache_dir, say):
         for path in found:
             size = _size(path)
@@ -138,7 +134,7 @@ def _find(name: str) -> Tuple[str, Dict[str, Any]]:
     for listed, entry in entries.items():
         if name in (listed, entry['model']):
             return listed, entry
-    raise WeightsError(f'NAME must be one of {", ".join(entry["model"] for entry in entries.values())}, got {name!r}')
+    raise ValueError(f'NAME must be one of {", ".join(entry["model"] for entry in entries.values())}, got {name!r}')
 
 
 def _licence(entry: Dict[str, Any]) -> str:
@@ -162,28 +158,16 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in _files(path))
 
 
-def _check_place(folder: Path, checkpoint: Path) -> None:
-    """Before anything is downloaded."""
-    try:
-        check_replaceable(folder, checkpoint)
-    except ConversionError as error:
-        raise WeightsError(
-            f'{folder} must not exist, be empty, or hold converted weights and not the file itself: move what is there '
-            'to another place') from error
-
-
 @contextmanager
 def _lock(name: str, cache_dir: Optional[Path], say: Say) -> Generator[None, None, None]:
     path = cache_folder(cache_dir) / f'{name}.lock'
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         say(f'waiting for another process that works on {name}')
         lock.acquire()
-    except OSError as error:
-        raise WeightsError(f'the cache must be a folder that can be written, got {path.parent}: {error}') from error
     try:
         yield
     finally:
@@ -192,10 +176,7 @@ def _lock(name: str, cache_dir: Optional[Path], say: Say) -> Generator[None, Non
 
 def _download(name: str, entry: Dict[str, Any], folder: Path, say: Say) -> Path:
     """The authors' file, complete."""
-    try:
-        from .drive import DriveError, arrived, download  # needs the extra `weights`
-    except ModuleNotFoundError as error:
-        raise WeightsError(f'{error.name} is missing; it comes with the extra "weights"') from error
+    from .drive import arrived, download  # needs the extra `weights`
     origin, path = entry['origin'], folder / 'checkpoint'
     size = f'{origin["bytes"]:,} bytes' if origin['bytes'] else 'of unknown size'
     say(f'{name} from {origin["file"]}, {size}, {_licence(entry)}')
@@ -203,31 +184,22 @@ def _download(name: str, entry: Dict[str, Any], folder: Path, say: Say) -> Path:
         say(f'{arrived(path):,} bytes of it are here from an earlier attempt')
     try:
         download(origin['file'], path, name)
-    except DriveError as error:
-        raise WeightsError(
-            f'{error}; {_kept(arrived(path))}. If it persists, download the file with a browser and run `timm-smpconv '
-            f'weights {name} --file FILE`') from error
-    except OSError as error:
-        raise WeightsError(f'could not write to {folder}: {error}; {_kept(arrived(path))}') from error
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(_kept(arrived(path))) from error
+    except DataError as error:
+        raise DataError(
+            f'{error}. If it persists, download the file with a browser and run `timm-smpconv weights {name} --file '
+            'FILE`') from error
     finally:
         if not arrived(path):
             shutil.rmtree(folder, ignore_errors=True)
+        elif not path.exists():
+            say(f'{arrived(path):,} bytes are kept for the next attempt')
     return path
-
-
-def _kept(count: int) -> str:
-    return f'{count:,} bytes are kept for the next attempt' if count else 'nothing is kept'
 
 
 def _convert(file: Path, entry: Dict[str, Any], folder: Path, say: Say) -> None:
     origin = entry['origin']
-    try:
-        size, found = file.stat().st_size, file_sha256(file)
-    except OSError as error:
-        raise CheckpointError(f'the file must be readable: {error}') from error
-    say(f'{size:,} bytes, sha256 {found}')
+    found = file_sha256(file)
+    say(f'{file.stat().st_size:,} bytes, sha256 {found}')
     if origin['sha256'] and found != origin['sha256']:
         raise CheckpointError(
             f'the file must have the sha256 {origin["sha256"]} that is recorded for it, got {found}: the download was '

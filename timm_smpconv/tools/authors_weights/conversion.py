@@ -7,6 +7,7 @@ and authors_smp.py.
 import argparse
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
@@ -17,6 +18,8 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
+from ..._errors import DataError
+from ..._files import written_beside
 from ...models.smp_tcn import SMPTCN
 from ...weights.checkpoint import (
     checkpoint_filter_fn,
@@ -27,21 +30,16 @@ from ...weights.checkpoint import (
     select_weights,
 )
 from ...weights.hub import FILES, SOURCES, file_sha256, load_sources
-from .._files import replace_together
 from . import authors_imagenet, authors_smp
 from .card import model_card
 
-__all__ = ['ConversionError', 'Converted', 'convert']
+__all__ = ['Converted', 'convert']
 
 _logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of the logits, relative to the largest one
 SETTINGS = ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')
 Model = Any  # an nn.Module with what timm adds to it: num_classes, in_chans, pretrained_cfg
-
-
-class ConversionError(Exception):
-    """The checkpoint, an argument or the result is wrong."""
 
 
 class Converted(NamedTuple):
@@ -80,11 +78,9 @@ def convert(
         say: Is told what is going on.
 
     Raises:
-        ConversionError: The checkpoint, an argument or the result is wrong.
-        CheckpointError: The checkpoint cannot be read, or does not fit the model.
-        SourcesError: `sources` is not such a list.
+        ValueError: `out` is a folder that must not be replaced.
+        DataError: The checkpoint cannot be read, does not fit the model, or the result differs from it.
         OSError: The folder could not be written.
-        KeyboardInterrupt: Interrupted. Its message says what was written.
     """
     listed = load_sources(sources)
     tag = tag or str(timm.models.get_pretrained_cfg_value(name, 'tag'))
@@ -92,8 +88,9 @@ def convert(
     out = out.resolve()
     outs = [out, out.parent / f'{out.name}-merged'] if merged else [out]
     written = []
-    with replace_together(
-            out.parent, [path.name for path in outs], lambda path: check_replaceable(path, checkpoint)) as staging:
+    for path in outs:
+        check_replaceable(path, checkpoint)
+    with written_beside(out.parent) as staging:
         say(f'reading {checkpoint}')
         content = read_checkpoint(str(checkpoint))
         source, kind = select_weights(content, weights)
@@ -145,15 +142,15 @@ def check_replaceable(out: Path, checkpoint: Path) -> None:
     if not out.exists():
         return
     if out == Path.cwd() or out.is_mount():
-        raise ConversionError(
+        raise ValueError(
             'out must not be the working directory or a mount point, which cannot be replaced; name a folder in it, '
             f'got {out}')
     if not out.is_dir() or checkpoint.resolve().parent == out:
-        raise ConversionError(rule)
+        raise ValueError(rule)
     names = {path.name for path in out.iterdir()}
     config = out / 'config.json'
     if names and not (names <= set(FILES) and config.is_file() and b'"file_sha256"' in config.read_bytes()):
-        raise ConversionError(rule)
+        raise ValueError(rule)
 
 
 def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
@@ -163,7 +160,7 @@ def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
     like: Model = timm.create_model(name, device='meta')
     in_chans = count_inputs(shapes, like.input_weights)
     if not classes or not in_chans:
-        raise ConversionError(
+        raise DataError(
             f'checkpoint must hold an SMPConv model with its classifier, got {len(source)} other tensors')
     model: Model = timm.create_model(name, num_classes=classes, in_chans=in_chans)
     model.load_state_dict(checkpoint_filter_fn(source, model))
@@ -178,18 +175,18 @@ def check_task(name: str, content: Mapping[str, Any]) -> None:
         free = ('num_classes', 'in_chans', 'drop_rate', 'input_drop_rate')
         changed = {key: value for key, value in (settings.get('model_args') or {}).items() if key not in free}
         if settings.get('name', name) != name or changed:
-            raise ConversionError(
+            raise DataError(
                 f'checkpoint must hold {name} with its own arguments, got {settings.get("name")} with {changed}')
 
 
 def check_entry(entry: Dict[str, Any], model: Model, authors: bool) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     if parameters != entry['parameters']:
-        raise ConversionError(
+        raise DataError(
             f'checkpoint must have the {entry["parameters"]} parameters listed for this model and tag, got '
             f'{parameters}: give weights for other classes another tag')
     if entry['origin'] and not authors:
-        raise ConversionError(
+        raise DataError(
             f'checkpoint must be in the authors\' layout, as listed for {entry["model"]}.{entry["tag"]}: give weights '
             'of your own another tag')
 
@@ -229,6 +226,7 @@ def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.T
         save_for_hf(model, str(folder), safe_serialization=True, model_args=args)
     except SafetensorError as error:  # the disk is full, for one
         raise OSError(f'could not write model.safetensors: {error}; nothing was written') from error
+    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')  # which only its owner could read
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     # timm 1.0.31 writes it here, too; transformers passes it and `model_args`, and Python refuses it twice.
     config['model_args'].pop('num_classes', None)
@@ -238,6 +236,6 @@ def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.T
         differences = [(read(x) - logits).abs().max() / logits.abs().max() for x, logits in expected]
     found = torch.stack(differences).max().item()  # NaN if one is
     if not found <= TOLERANCE:
-        raise ConversionError(
+        raise DataError(
             f'the logits must differ by at most {TOLERANCE} relative, got {found}: nothing was written')
     return found

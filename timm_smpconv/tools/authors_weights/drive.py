@@ -16,17 +16,15 @@ import requests
 from gdown.exceptions import DownloadCancelled, DownloadError, FileURLRetrievalError
 from tqdm import tqdm
 
-__all__ = ['DriveError', 'arrived', 'download']
+from ..._errors import DataError
+
+__all__ = ['arrived', 'download']
 
 TIMEOUT = 60  # seconds without a byte
 PATIENCE = 120  # seconds until the file begins: gdown would follow for ever a page that leads to itself (its issue 26)
 RETRIES = 3  # of a connection that failed or broke off, a few seconds apart
 # What gdown raises of a page that is not as it expects.
 _STRANGE_PAGE = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
-
-
-class DriveError(Exception):
-    """A file could not be downloaded."""
 
 
 def download(url: str, path: Path, name: str) -> None:
@@ -41,7 +39,7 @@ def download(url: str, path: Path, name: str) -> None:
         name: For the progress bar, on stderr.
 
     Raises:
-        DriveError: The drive did not send the file, or there is no room for it.
+        DataError: The drive did not send the file, or there is no room for it.
         OSError: The file could not be written.
     """
     if path.exists():
@@ -60,11 +58,11 @@ def download(url: str, path: Path, name: str) -> None:
             begun[0].unlink()  # the drive does not send the rest of it: all of it, then
             _download(url, path, bar)
     except DownloadCancelled as error:
-        raise DriveError(f'{url} led to no file within {PATIENCE} seconds') from error
+        raise DataError(f'{url} led to no file within {PATIENCE} seconds') from error
     except (DownloadError, requests.RequestException) as error:
-        raise DriveError(f'{url} could not be downloaded: {_reason(error)}') from error
+        raise DataError(f'{url} could not be downloaded: {_reason(error)}') from error
     except _STRANGE_PAGE as error:
-        raise DriveError(
+        raise DataError(
             f'{url} led to a page that gdown does not understand: {type(error).__name__} {_reason(error)}') from error
     finally:
         bar.close()
@@ -114,7 +112,7 @@ class _Bar:
         if self._bar is None:
             free = shutil.disk_usage(self._folder).free
             if total is not None and total - done > free:
-                raise DriveError(
+                raise DataError(
                     f'{self._folder} must have room for {total - done:,} more bytes, got {free:,} bytes that are free')
             self._bar = tqdm(total=total, initial=done, desc=self._name, unit='B', unit_scale=True)
         else:

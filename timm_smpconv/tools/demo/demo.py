@@ -12,8 +12,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, cast
 import timm
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import create_loader, create_transform
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -21,9 +20,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed, reparameterize_model
 from tqdm import tqdm
 
+from ..._files import check_no_folder, written_beside
 from ...layers.smp_kernel import SMPKernel
-from .._files import replace_together
-from ..console import robust_output
 from ..pictures import Picture, Points, draw_kernels, draw_motion, picture_of, points_of, save_figure, save_motion
 from .digits import digits
 
@@ -184,8 +182,7 @@ def _pictures(model: nn.Module) -> Dict[str, Picture]:
 def run(name: str, epochs: Optional[int], seed: int, out: Path) -> float:
     """Train model `name`, merge it, print a comparison, and write checkpoints and pictures to `out`.
 
-    All files are written, or none: earlier ones stay as they are until then. They are written even if the reader
-    of the output has gone (`| head -n 1`).
+    Earlier files stay as they are until all are written; an error or Ctrl-C leaves them so.
 
     Args:
         name: One of this package's models.
@@ -198,33 +195,21 @@ def run(name: str, epochs: Optional[int], seed: int, out: Path) -> float:
 
     Raises:
         OSError: The files cannot be written to `out`. Found before training where possible.
-        KeyboardInterrupt: Interrupted by Ctrl-C, SIGTERM or SIGHUP. Its message says what was written.
     """
     out, setup = Path(out), _setup(name)
-    with robust_output():
-        with replace_together(out, FILES, _check_no_folder) as folder:
-            accuracy = _run(name, setup, epochs or setup.epochs, seed, folder)
-        print(f'wrote {", ".join(FILES[:-1])} and {FILES[-1]} to {out}/; to load:')
-        arguments = ', '.join([f'"{name}"', *(f'{k}={v}' for k, v in _model_args(setup).items())])
-        print(f'  timm.create_model({arguments}, checkpoint_path="{out / FILES[0]}")')
-        print(f'  timm.create_model({arguments}, inference_mode=True, checkpoint_path="{out / FILES[1]}")')
+    for file in FILES:
+        check_no_folder(out / file)
+    with written_beside(out) as folder:
+        accuracy = _run(name, setup, epochs or setup.epochs, seed, folder)
+    print(f'wrote {", ".join(FILES[:-1])} and {FILES[-1]} to {out}/; to load:')
+    arguments = ', '.join([f'"{name}"', *(f'{k}={v}' for k, v in _model_args(setup).items())])
+    print(f'  timm.create_model({arguments}, checkpoint_path="{out / FILES[0]}")')
+    print(f'  timm.create_model({arguments}, inference_mode=True, checkpoint_path="{out / FILES[1]}")')
     return accuracy
 
 
 def _model_args(setup: _Setup) -> Dict[str, Any]:
     return dict(num_classes=10, in_chans=1, **setup.model_args)
-
-
-def _check_no_folder(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(f'{path} must be a file or not exist, got a folder')
-
-
-def _save(model: nn.Module, file: Path) -> None:
-    try:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
-    except SafetensorError as error:  # the disk is full, for one
-        raise OSError(f'could not write {file.name}: {error}') from error
 
 
 def _run(name: str, setup: _Setup, epochs: int, seed: int, folder: Path) -> float:
@@ -258,7 +243,8 @@ def _run(name: str, setup: _Setup, epochs: int, seed: int, folder: Path) -> floa
         print(f'{label:10}{_accuracy(z, labels):>10.2%}{parameters:>12,}{times}')
 
     for file, network in zip(FILES, (model, merged)):
-        _save(network, folder / file)
+        # Not by `save_file`, whose files only their owner may read.
+        (folder / file).write_bytes(save({k: v.contiguous() for k, v in network.state_dict().items()}))
     moved_points = {name: picture._replace(before=before[name].points) for name, picture in after.items()}
     rows = {
         f'{name}\n{moment}': picture

@@ -1,12 +1,11 @@
 """scikit-learn's 1,797 real handwritten digits, 8×8 pixels, as images."""
-import os
 from pathlib import Path
 from typing import List, Tuple
 
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from .._files import is_ours, replace_together
+from ..._files import written_beside
 
 __all__ = ['digits', 'write_digits']
 
@@ -44,8 +43,8 @@ def write_digits(folder: Path) -> List[Path]:
         The paths of the images.
 
     Raises:
-        FileExistsError: The folder is not empty, or is not a folder.
-        KeyboardInterrupt: Interrupted by Ctrl-C, SIGTERM or SIGHUP. Its message says what was written.
+        FileExistsError: The folder is not empty.
+        NotADirectoryError: It is a file.
 
     Example:
         >>> import tempfile
@@ -55,18 +54,10 @@ def write_digits(folder: Path) -> List[Path]:
         1797
     """
     folder = Path(folder)
-    rule = f'DIR must be an empty folder or a new one, got {folder}'
-    present = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not present.is_dir():
-        raise FileExistsError(f'{rule}, which is no folder')
-
-    def check_empty(path: Path) -> None:
-        for other in folder.iterdir():
-            if not is_ours(other):
-                raise FileExistsError(f'{rule}, which holds {other.name}')
-
+    if others := sorted(folder.glob('*')):
+        raise FileExistsError(f'DIR must be an empty folder or a new one, got {folder}, which holds {others[0].name}')
     written = []
-    with replace_together(folder, list(SPLITS), check_empty) as new:
+    with written_beside(folder) as new:
         for split, training in SPLITS.items():
             for i, (image, label) in enumerate(zip(*digits(training))):
                 path = Path(split, str(label), f'{i:04}.png')

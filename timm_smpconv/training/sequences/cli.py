@@ -9,11 +9,7 @@ from ...weights.checkpoint import CheckpointError, read_checkpoint
 from .data import SequenceData
 from .training import SequenceClassifier
 
-__all__ = ['OptionError', 'run']
-
-
-class OptionError(ValueError):
-    """An option is wrong."""
+__all__ = ['run']
 
 
 class _SequenceCLI(LightningCLI):
@@ -46,7 +42,7 @@ class _SequenceCLI(LightningCLI):
         except CheckpointError:
             raise
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:  # timm has no class for it
-            raise OptionError(f'options must describe a model, data and a trainer: {error}') from error
+            raise ValueError(f'options must describe a model, data and a trainer: {error}') from error
         if options.ckpt_path:
             self.model.check_checkpoint(read_checkpoint(options.ckpt_path))
 
@@ -68,7 +64,7 @@ def run(args: Optional[List[str]] = None) -> Any:
     Raises:
         CheckpointError: The checkpoint is damaged, or is one of another network.
         DataError: The data folder is incomplete or damaged, or its data do not fit the model.
-        OptionError: A model, data or a trainer cannot be made of the options.
+        ValueError: A model, data or a trainer cannot be made of the options.
         SystemExit: An argument cannot be parsed, or help was asked for.
     """
     return _SequenceCLI(

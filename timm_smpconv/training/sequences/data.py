@@ -37,16 +37,14 @@ from torchvision.transforms import (
     ToTensor,
 )
 
+from ..._errors import DataError
+from ..._files import written_beside
 from ...models.smp_tcn import SMPTCN
 
 __all__ = [
     'CharacterTrajectories', 'DataError', 'SequenceData', 'SequentialCIFAR10', 'SequentialMNIST', 'SpeechCommands']
 
 _logger = logging.getLogger(__name__)
-
-
-class DataError(RuntimeError):
-    """A data folder is incomplete, or a file in it is damaged."""
 
 
 class SequenceData(LightningDataModule):
@@ -157,7 +155,8 @@ class SequentialMNIST(SequenceData):
                         content = gzip.decompress(file.read_bytes())
                     except (OSError, EOFError, zlib.error) as error:
                         raise ValueError(f'{file.name} is damaged: {error}') from error
-                    _write_whole(file.with_suffix(''), content)
+                    with written_beside(file.parent) as new:
+                        (new / file.stem).write_bytes(content)
 
     def read(self) -> Dict[str, Dataset]:
         to_tensor = [ToTensor(), Normalize((0.1307,), (0.3081,))]
