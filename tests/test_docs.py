@@ -387,7 +387,10 @@ def anchors(text):
     return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
 
 
-@pytest.mark.parametrize('page', [*PAGES, 'CHANGELOG.md', 'benchmarks/results.md'])
+TABLES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob('benchmarks/**/*.md'))
+
+
+@pytest.mark.parametrize('page', [*PAGES, 'CHANGELOG.md', *TABLES])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding='utf-8')
     for target in re.findall(r'\]\(([^)]+)\)', text):
