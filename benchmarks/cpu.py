@@ -19,6 +19,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 
 from benchmarks.family import family
+from benchmarks.saving import add_option, saving
 from benchmarks.timing import agree, machine, paired
 from timm_smpconv import prepack
 from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
@@ -252,6 +253,7 @@ def main():
     parser.add_argument('--batch', type=int, nargs='+')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--threads', type=int, help='of torch, by default as many as it takes')
+    add_option(parser)
     parser.add_argument('--peak-of', help=argparse.SUPPRESS)  # what `memory` starts
     args = parser.parse_args()
     if args.threads:
@@ -262,10 +264,11 @@ def main():
     for name in args.sections:
         if name not in sections:
             parser.error(f'a section must be one of {", ".join(sections)}, got {name!r}')
-    print(machine())
-    for name in args.sections or list(sections)[:3]:
-        usual = {'choice': [1, 4, 16], 'growth': [1, 4, 16], 'train': [4, 16], 'memory': [4, 16]}.get(name, [1, 16])
-        sections[name](argparse.Namespace(**dict(vars(args), batch=args.batch or usual)))
+    with saving(args.save):
+        print(machine())
+        for name in args.sections or list(sections)[:3]:
+            usual = {'choice': [1, 4, 16], 'growth': [1, 4, 16], 'train': [4, 16], 'memory': [4, 16]}.get(name, [1, 16])
+            sections[name](argparse.Namespace(**dict(vars(args), batch=args.batch or usual)))
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import torch._inductor.config
 from timm.utils import reparameterize_model
 
 from benchmarks.cpu import shaken
+from benchmarks.saving import add_option, saving
 from benchmarks.timing import agree, machine, paired
 from timm_smpconv import prepack
 from timm_smpconv.layers.merged import MergedConv2d
@@ -95,12 +96,14 @@ def main():
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 16])
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--threads', type=int, help='of every engine, by default as many as torch takes')
+    add_option(parser)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(machine(), f'ONNX Runtime {onnxruntime.__version__}, OpenVINO {openvino.__version__}', sep=', ')
-    for batch in args.batch:
-        deploy(args.model, batch, args.rounds)
+    with saving(args.save):
+        print(machine(), f'ONNX Runtime {onnxruntime.__version__}, OpenVINO {openvino.__version__}', sep=', ')
+        for batch in args.batch:
+            deploy(args.model, batch, args.rounds)
 
 
 if __name__ == '__main__':

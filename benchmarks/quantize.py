@@ -20,6 +20,7 @@ import torch._inductor.config
 from timm.utils import reparameterize_model
 
 from benchmarks.cpu import shaken
+from benchmarks.saving import add_option, saving
 from benchmarks.timing import machine, paired
 from timm_smpconv.tools.demo import demo
 
@@ -201,16 +202,7 @@ def trained(checkpoint: Path) -> torch.nn.Module:
     return reparameterize_model(timm.create_model(DEMO, checkpoint_path=str(checkpoint), **arguments).eval())
 
 
-def main():
-    parser = argparse.ArgumentParser(prog='python -m benchmarks.quantize', description=__doc__.splitlines()[0])
-    parser.add_argument(
-        '--checkpoint', type=Path, metavar='FILE',
-        help=f'the model.safetensors that `timm-smpconv demo --model {DEMO}` wrote; else the demo runs first')
-    parser.add_argument('--engine', nargs='+', choices=ENGINES, default=list(ENGINES), help='default: all')
-    parser.add_argument(
-        '--large', nargs='*', choices=ENGINES, default=['openvino', 'onnxruntime'],
-        help='of these, those that time smpconv_tiny, default: openvino onnxruntime; torchao compiles it for minutes')
-    args = parser.parse_args()
+def quantize(args):
     installed = []
     for engine in args.engine:
         missing = [name for name in ENGINES[engine][1] if find_spec(name) is None]
@@ -238,6 +230,21 @@ def main():
             images = torch.randn(16, 3, 224, 224, generator=generator)
         for engine in large:
             compare(engine, merged, images[:8], images, torch.tensor([]), [11, 3])
+
+
+def main():
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.quantize', description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--checkpoint', type=Path, metavar='FILE',
+        help=f'the model.safetensors that `timm-smpconv demo --model {DEMO}` wrote; else the demo runs first')
+    parser.add_argument('--engine', nargs='+', choices=ENGINES, default=list(ENGINES), help='default: all')
+    parser.add_argument(
+        '--large', nargs='*', choices=ENGINES, default=['openvino', 'onnxruntime'],
+        help='of these, those that time smpconv_tiny, default: openvino onnxruntime; torchao compiles it for minutes')
+    add_option(parser)
+    args = parser.parse_args()
+    with saving(args.save):
+        quantize(args)
 
 
 if __name__ == '__main__':

@@ -83,7 +83,7 @@ def test_sdist_holds_the_checkout(dist, unpacked):
     folders = ('.ci', 'benchmarks', 'docs', 'tests', 'timm_smpconv', 'weights')
     expected = {
         '.pre-commit-config.yaml', 'CHANGELOG.md', 'CONTRIBUTING.md', 'LICENSE', 'MANIFEST.in', 'README.md',
-        'hubconf.py', 'pyproject.toml',
+        'hubconf.py', 'noxfile.py', 'pyproject.toml',
         *(p.relative_to(source).as_posix() for folder in folders for p in (source / folder).rglob('*') if p.is_file())}
     found = {path.relative_to(unpacked) for path in unpacked.rglob('*') if path.is_file()}
     added = ('PKG-INFO', 'setup.cfg', 'timm_smpconv.egg-info')  # by setuptools

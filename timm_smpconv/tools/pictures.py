@@ -38,7 +38,7 @@ class Points(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """One channel of a kernel; its points, if it has some, and where they were before."""
+    """One channel of a kernel. Its points, if there are any, and their positions before, if they are known."""
     kernel: torch.Tensor  # (K,) or (K, K)
     points: Optional[Points] = None
     before: Optional[Points] = None
@@ -49,7 +49,7 @@ def points_of(kernel: SMPKernel, channel: int = 0) -> Points:
     """The points of an output channel as they are now.
 
     Args:
-        kernel: Over channels if it has several groups; then the weights are those of the first input channel.
+        kernel: If it has several groups, the weights are those of the first input channel.
         channel: From 0 on.
 
     Example:
@@ -88,11 +88,10 @@ def find_kernels(
     """Name of a kernel and its channel → its picture.
 
     Args:
-        model: Any with SMP kernels, or a merged network of this package: of that the kernels of the large convolutions,
-            without points.
-        stages: All kernels of these, as numbers in the names of the modules: `stages.2`, `blocks.2`, `layer2`; the stem
-            counts as 0. By default the first kernel of every stage.
-        channels: Output channels. Of a kernel over channels the first input channel is shown.
+        model: A model with SMP kernels, or a merged network of this package, whose large kernels have no points.
+        stages: Return all kernels of these stages. A stage is a number in the name of a module, such as `stages.2`,
+            `blocks.2` or `layer2`; the stem counts as 0. By default, return the first kernel of every stage.
+        channels: Output channels. If a kernel has several input channels, the first one is shown.
 
     Raises:
         ValueError: There is no such kernel or channel.
@@ -105,7 +104,7 @@ def find_kernels(
     kernels: Dict[str, Any] = {
         re.sub(r'\.?(large\.)?(conv\.)?kernel$', '', name): module
         for name, module in model.named_modules() if isinstance(module, SMPKernel)}
-    # Of a merged network: its other convolutions have kernels of 1 or 3.
+    # A merged network: its other convolutions have kernel sizes of 1 or 3.
     if not kernels and isinstance(model, (SMPNet, SMPFeatureListNet)):
         kernels = {
             name: module.weight for name, module in model.named_modules()
@@ -144,15 +143,15 @@ def _channel(name: str, kernel: Any, channel: int) -> Picture:
 def draw_kernels(pictures: Mapping[str, Picture], columns: int = 4) -> Figure:
     """Draw kernels side by side, with the points over each.
 
-    Blue is negative, red is positive. A point's colour is its weight, relative to the largest of its kernel. Lines lead
-    from where points were before, if that is known.
+    Blue is negative, red is positive. The colour of a point is its weight relative to the largest weight of the kernel.
+    Lines start at the positions of the points before, if these are known.
 
-    Kernels of images are drawn as images; the size of a point is its radius. Kernels of sequences are drawn as curves;
-    the height of a point is its weight, and a bar of the length of its radius leads to either side.
+    Kernels of images are drawn as images, and the size of a point shows its radius. Kernels of sequences are drawn as
+    curves. The height of a point is then its weight, and a bar of the length of its radius extends to either side.
 
     Args:
         pictures: Title → kernel, row by row.
-        columns: At most so many in a row.
+        columns: The largest number of kernels in a row.
 
     Example:
         >>> kernels = {'image': SMPKernel(1, (9, 9), 5), 'sequence': SMPKernel(1, (64,), 5)}
@@ -172,7 +171,7 @@ def draw_kernels(pictures: Mapping[str, Picture], columns: int = 4) -> Figure:
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> Tuple[Figure, List[Any]]:
-    """A white figure, since a transparent one has unreadable text on a dark page, and its axes."""
+    """A figure and its axes. It is white, because the text of a transparent figure is unreadable on a dark page."""
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)  # inches
     figure = Figure(figsize=(width * columns, height * rows), layout=layout, facecolor='white')
     FigureCanvasAgg(figure)
@@ -233,8 +232,8 @@ def _draw_curve(axis: Any, picture: Picture, limit: float, colors: Dict[str, Any
 def draw_motion(frames: Sequence[Tuple[str, Picture]]) -> Iterator[Image.Image]:
     """Draw a kernel again and again, with lines from where its points were in the first frame.
 
-    Colours and limits are the same in all frames. Of a kernel of images the middle is drawn that holds nine tenths of
-    the points, since they move by fractions of a sample.
+    Colours and limits are the same in all frames. A kernel of images is cropped to the middle part that holds nine
+    tenths of the points, because points move by fractions of a sample.
 
     Args:
         frames: (title, kernel with points) at each moment.
@@ -270,9 +269,9 @@ def draw_motion(frames: Sequence[Tuple[str, Picture]]) -> Iterator[Image.Image]:
 
 
 def save_motion(images: Iterator[Image.Image], file: Path, milliseconds: int = 80) -> None:
-    """Write images as an animated GIF that stops at the last one for two seconds and starts again.
+    """Write images as an animated GIF, which pauses for two seconds at the last image and repeats.
 
-    All frames share the colours of kernels and grays, so that each stores only what moved.
+    All frames share one palette, so that each frame stores only what changed.
 
     Example:
         >>> kernel = SMPKernel(1, (9, 9), 5)
@@ -295,14 +294,14 @@ def draw_receptive_fields(fields: Mapping[str, torch.Tensor], shares: Sequence[f
     """Draw effective receptive fields side by side on one logarithmic scale of colours.
 
     The colour of a pixel is its share of the field's sum; the scale spans four decades below the largest of all.
-    Squares are the smallest ones that hold the shares.
+    Each square is the smallest one that holds a share.
 
     Args:
         fields: Name of a model → its field, (H, W).
         shares: Each in (0, 1].
 
     Example:
-        >>> len(draw_receptive_fields({'a_model': torch.eye(10)}).axes)  # with the scale of colours
+        >>> len(draw_receptive_fields({'a_model': torch.eye(10)}).axes)  # with the colour bar
         2
     """
     columns = min(len(fields), 4)

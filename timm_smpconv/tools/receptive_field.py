@@ -38,13 +38,13 @@ def receptive_field(model: nn.Module, images: Iterable[torch.Tensor]) -> torch.T
 
     .. math:: \sum_c \left| \frac{\partial}{\partial x_{chw}} \sum_k \max(0, F_{kz}) \right|
 
-    The centre of a map of even size is the entry below and to the right of its middle. The model computes in evaluation
-    mode and is left as it was. Memory does not depend on the number of images, which are read one batch at a time.
+    The centre of a map of even size is the entry below and to the right of its middle. The model runs in evaluation
+    mode and is restored afterwards. Images are read one batch at a time, so memory does not depend on their number.
 
     Args:
-        model: The last map is what its `forward_features` returns; what the module itself returns if it has none. A
-            map is (B, C, H', W'), or (B, H', W', C) if the model's `output_fmt` is 'NHWC', or tokens (B, N, C) of a
-            grid that its `patch_embed` tells.
+        model: The last map is what its `forward_features` returns, or what the module itself returns if it has no such
+            method. A map is (B, C, H', W'), or (B, H', W', C) if the model's `output_fmt` is 'NHWC', or tokens
+            (B, N, C) of the grid of its `patch_embed`.
         images: Batches (B, C, H, W), all of the same H and W; converted to the model's device and dtype.
 
     Returns:
@@ -55,7 +55,7 @@ def receptive_field(model: nn.Module, images: Iterable[torch.Tensor]) -> torch.T
             its centre does not depend on the images.
 
     Example:
-        That of a convolution is its kernel, without signs:
+        The field of a convolution is its kernel, without signs:
 
         >>> conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
         >>> _ = conv.load_state_dict({'weight': torch.arange(9.).view(1, 1, 3, 3)})
@@ -123,8 +123,8 @@ def _frozen(model: nn.Module) -> Generator[None, None, None]:
 def smallest_square(field: torch.Tensor, share: float) -> Square:
     """The smallest square of pixels, wherever it lies, that holds a share of a field's sum; the first of several.
 
-    It need not lie in the middle of the image, as the last map's centre seldom does: that of `resnet50` looks at a
-    point 16 pixels beside it at 224 pixels. Where the field is cut off by the border, so is the square.
+    It need not be in the middle of the image, because the centre of the last map seldom is: for `resnet50` at 224
+    pixels it is 16 pixels away. If the border cuts off the field, it cuts off the square as well.
 
     Args:
         field: (H, W), not negative.
@@ -141,7 +141,7 @@ def smallest_square(field: torch.Tensor, share: float) -> Square:
     if not 0 < share <= 1:
         raise ValueError(f'share must be above 0 and at most 1, got {share}')
     sums = F.pad(field.double().cumsum(0).cumsum(1), (1, 0, 1, 0))  # (H + 1, W + 1): sums above and to the left
-    least = share * sums[-1, -1] * (1 - 1e-9)  # sums are rounded
+    least = share * sums[-1, -1] * (1 - 1e-9)  # sums have rounding errors
     low, high = 1, max(field.shape)
     while low < high:  # a larger square holds at least as much
         side = (low + high) // 2
@@ -152,7 +152,7 @@ def smallest_square(field: torch.Tensor, share: float) -> Square:
 
 
 def _sums_of_squares(sums: torch.Tensor, side: int) -> torch.Tensor:
-    """The sum of each square of a side, from the sums of all rectangles at the upper left corner."""
+    """The sums of all squares with this side, from the sums of all rectangles at the upper left corner."""
     h, w = (min(side, n - 1) for n in sums.shape)
     return sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
 
@@ -185,11 +185,11 @@ def find_images(folder: Path, count: Optional[int] = None) -> List[Path]:
     """The images in a folder and below, in the order of their names.
 
     Args:
-        folder: Files count as images by timm's list of suffixes; hidden ones do not.
-        count: Take at most so many, evenly spaced: folders are often sorted by class.
+        folder: Is searched recursively. Files with timm's image suffixes count as images, hidden files do not.
+        count: Return at most this number of images, evenly spaced, because folders are often sorted by class.
 
     Raises:
-        ValueError: There are none, or `folder` is none.
+        ValueError: There are no images, or `folder` is not a folder.
 
     Example:
         >>> find_images(Path('nowhere'))
@@ -220,18 +220,18 @@ def own_size(model: nn.Module) -> int:
 
 
 def read_images(files: Iterable[Path], model: nn.Module, size: int) -> Iterator[torch.Tensor]:
-    """Images as a timm model takes them, one at a time: resized, cropped and normalized by the model's own transform.
+    """Images as inputs for a timm model, one at a time: resized, cropped and normalized by the model's transform.
 
     Args:
-        files: Of any size.
-        model: Takes images of three channels or one.
+        files: Images of any size.
+        model: A model for images of three channels or one.
         size: Height and width, in pixels.
 
     Returns:
         Batches (1, C, size, size).
 
     Raises:
-        ValueError: A file is no image, or the model takes other channels or another size only.
+        ValueError: A file is not an image, or the model does not accept such channels or this size.
 
     Example:
         >>> import tempfile, timm

@@ -1,6 +1,6 @@
-"""The demo: train on scikit-learn's real handwritten digits, merge, and show what changed.
+"""The demo: train a network on scikit-learn's real handwritten digits, merge it, and compare.
 
-The sequence networks read the images row by row, as sequences of 64 pixels.
+Sequence networks read the images row by row, as sequences of 64 pixels.
 
 Shapes: images (B, 1, H, W), logits (B, 10).
 """
@@ -34,7 +34,7 @@ EMA_DECAY = 0.97
 
 
 class _Setup(NamedTuple):
-    """How a network is trained here, in about three minutes on two cores."""
+    """Training settings of a network, for about three minutes on two cores."""
     epochs: int
     learning_rate: float
     image_size: int
@@ -87,9 +87,9 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Motion:
-    """Where the points of a model's kernels are at evenly spaced moments of the training, in their first channels.
+    """The points of the first channel of each kernel of a model, at evenly spaced moments of the training.
 
-    Only copies are made while the model is trained; they are drawn afterwards.
+    During training the points are only copied. They are drawn afterwards.
     """
 
     def __init__(self, model: nn.Module, updates: int):
@@ -105,7 +105,7 @@ class _Motion:
             self._seen[update] = [points_of(kernel) for kernel in self._kernels.values()]
 
     def frames(self) -> List[Tuple[str, Picture]]:
-        """The kernel whose points moved most samples far, (title, picture) at each moment."""
+        """(title, picture) at each moment, of the kernel whose points moved furthest, in samples."""
         first, last = self._seen[0], self._seen[max(self._seen)]
         distances = [
             ((b.coords - a.coords).abs().mean() * max(kernel.size)).item()
@@ -128,7 +128,7 @@ def _train(
         train: torch.utils.data.DataLoader,
         held_out: torch.utils.data.DataLoader,
 ) -> Tuple[nn.Module, _Motion]:
-    """Train a model in place. The moving average of its weights as a model, and how its points moved."""
+    """Train a model in place. Returns a model with the moving average of its weights, and the motion of its points."""
     ema = ModelEmaV3(model, decay=EMA_DECAY)
     motion = _Motion(ema.module, epochs * len(train))
     optimizer = create_optimizer_v2(model, 'smpadamw', lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
@@ -173,7 +173,7 @@ def _milliseconds(models: List[nn.Module], x: torch.Tensor, rounds: int = 15) ->
 
 
 def _pictures(model: nn.Module) -> Dict[str, Picture]:
-    """Where a kernel is → its first channel: the first kernel of each quarter of the network but the last."""
+    """Maps names of kernels to their first channels, for the first kernel of each of the first three quarters."""
     kernels = [(name, module) for name, module in model.named_modules() if isinstance(module, SMPKernel)]
     chosen = (kernels[len(kernels) * i // 4] for i in range(3))
     return {_place(name): picture_of(kernel) for name, kernel in chosen}

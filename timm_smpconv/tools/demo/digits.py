@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 real handwritten digits, 8×8 pixels, as images."""
+"""scikit-learn's 1,797 real handwritten digits as images of 8×8 pixels."""
 from pathlib import Path
 from typing import List, Tuple
 
@@ -14,10 +14,10 @@ SPLITS = {'train': True, 'validation': False}
 
 
 def digits(training: bool) -> Tuple[List[Image.Image], List[int]]:
-    """Images of 8×8 grey pixels and the digit that each shows.
+    """Images of 8×8 grey pixels, and the digit that each of them shows.
 
     Args:
-        training: The first 1,437 images if true, else the 360 held-out ones.
+        training: Whether to return the first 1,437 images, or else the 360 held-out ones.
 
     Example:
         >>> from timm_smpconv.tools.demo.digits import digits

@@ -1,6 +1,6 @@
-"""The recipes: YAML files with the paper's training.
+"""Recipes: YAML files with the training settings of the paper.
 
-Those of the sequence networks are for `timm-smpconv sequence fit --config FILE`, the others for timm's
+The recipes of the sequence networks are for `timm-smpconv sequence fit --config FILE`, all others for timm's
 `train.py -c FILE`.
 """
 from pathlib import Path
@@ -12,7 +12,7 @@ _FOLDER = Path(__file__).parent
 
 
 def recipe_names() -> List[str]:
-    """The names of the recipes, which are those of the models.
+    """The names of the recipes. Each is the name of a model.
 
     Example:
         >>> from timm_smpconv.training.recipes import recipe_names
@@ -23,7 +23,7 @@ def recipe_names() -> List[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe.
+    """The path of a recipe.
 
     Raises:
         ValueError: There is no such recipe.

@@ -1,6 +1,6 @@
-"""CIFAR-10 with the paper's random crop, which timm's train.py has no option for: the dataset `torch/cifar10_padded`.
+"""CIFAR-10 with the paper's random crop, for which timm's train.py has no option: the dataset `torch/cifar10_padded`.
 
-Importing this module registers the dataset with timm. The recipe of the CIFAR-10 network does (`device_modules`).
+Importing this module registers the dataset with timm. The recipe of the CIFAR-10 network imports it (`device_modules`).
 """
 import logging
 from typing import Any, Callable, Tuple
@@ -15,7 +15,7 @@ _logger = logging.getLogger(__name__)
 
 
 class PaddedCIFAR10(CIFAR10):
-    """torchvision's CIFAR-10 whose training images are cropped at random after padding by 4 black pixels.
+    """torchvision's CIFAR-10, whose training images are padded by 4 black pixels and cropped at random.
 
     Example:
         >>> from timm.data import create_dataset
@@ -35,11 +35,12 @@ class PaddedCIFAR10(CIFAR10):
 def register_dataset(name: str, dataset: Callable[..., Any]) -> None:
     """Register a dataset with timm, so that `create_dataset` and `train.py --dataset` find it as `torch/NAME`.
 
-    timm's table is private. If it is gone, this logs a warning, and timm raises its own error for the name.
+    timm's table of datasets is private. If it cannot be found, this logs a warning, and timm then raises an error for
+    the name.
 
     Args:
-        name: Lower case, without 'torch/'.
-        dataset: Called with root, train and download.
+        name: The name in lower case, without 'torch/'.
+        dataset: A function that is called with root, train and download.
 
     Example:
         >>> from timm.data import create_dataset

@@ -13,7 +13,7 @@ __all__ = ['run']
 
 
 class _SequenceCLI(LightningCLI):
-    """Adds `--data-dir`, and options for the checkpoints that are kept."""
+    """Adds `--data-dir` and options for checkpoints."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument('--data-dir', type=str, default='', help='folder of the data (required)')
@@ -25,11 +25,11 @@ class _SequenceCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # Lightning's own warns if sys.argv holds arguments, as ours does
-        if not self.config[self.config.subcommand].data_dir:  # else the link to data.init_args is what fails
+        if not self.config[self.config.subcommand].data_dir:  # otherwise the link to data.init_args fails
             parser.error('--data-dir must be the folder of the data, got none')
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's own replaces the options of the model by those in the checkpoint."""
+        """Does nothing: Lightning's method replaces the options of the model by those in the checkpoint."""
 
     def instantiate_classes(self) -> None:
         options = self.config[self.subcommand]

@@ -52,8 +52,8 @@ class SequenceData(LightningDataModule):
 
     Args:
         data_dir: Folder of the data, in its original format.
-        batch_size: Series in a batch of one device.
-        num_workers: Processes that load batches for each loader.
+        batch_size: Number of series in a batch, per device.
+        num_workers: Number of processes that load batches, per loader.
 
     Raises:
         ValueError: batch_size is below 1, or num_workers is negative.
@@ -76,7 +76,7 @@ class SequenceData(LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Read the data, once, and compare them with the model of the trainer, if there is one.
+        """Read the data once, and compare them with the model of the trainer, if there is one.
 
         Raises:
             DataError: The folder does not hold the data, a file is damaged, or series or labels do not fit the model.
@@ -97,7 +97,7 @@ class SequenceData(LightningDataModule):
         return self._loader('test')
 
     def _check_model(self, model: SMPTCN) -> None:
-        x = self.parts['test'][0][0].flatten(1)  # (C, L); series of the other parts have the same shape
+        x = self.parts['test'][0][0].flatten(1)  # (C, L); series of all parts have the same shape
         exact = model.stem.permutation is not None
         if len(x) != model.in_chans or x.shape[1] > model.seq_len or (exact and x.shape[1] != model.seq_len):
             raise ValueError(
@@ -116,7 +116,7 @@ class SequenceData(LightningDataModule):
 
     @contextmanager
     def _explaining(self) -> Generator[None, None, None]:
-        """Turn what readers raise into one sentence that says what belongs into the folder."""
+        """Convert the errors of readers into one error that says what the folder must contain."""
         try:
             yield
         except Exception as error:  # readers raise many types: OSError, EOFError, zlib.error, AssertionError, …
@@ -124,7 +124,7 @@ class SequenceData(LightningDataModule):
             raise DataError(f"data_dir must hold {self.needs}, got '{self.data_dir}': {reason}") from error
 
     def _check_size(self, found: int) -> None:
-        """Warn about data that the published accuracy is not for."""
+        """Warn if the size of the data differs from the paper's."""
         if found != self.size:
             _logger.warning(
                 '%s has %d series in the data of the paper, got %d in %s. Accuracies cannot be compared with the '
@@ -134,8 +134,8 @@ class SequenceData(LightningDataModule):
 class SequentialMNIST(SequenceData):
     """MNIST as (1, 28, 28) images, which the sequence networks read row by row; for sMNIST and pMNIST.
 
-    There is no validation part: as the authors do, validation uses the test images. In training each of rotation,
-    translation, scaling and erasing happens with probability 0.5.
+    There is no validation part; validation uses the test images, as in the authors' code. In training, rotation,
+    translation, scaling and erasing are each applied with probability 0.5.
     """
     needs = (
         'MNIST/raw/ with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and '
@@ -143,7 +143,7 @@ class SequentialMNIST(SequenceData):
     size = 70_000
 
     def prepare_data(self) -> None:
-        """Unpack the .gz files beside them, where that was not done before.
+        """Unpack the .gz files into the same folder, unless this was done before.
 
         Raises:
             DataError: A file is damaged.
@@ -182,8 +182,8 @@ class SequentialMNIST(SequenceData):
 class SequentialCIFAR10(SequenceData):
     """CIFAR-10 as (3, 32, 32) images, which the sequence networks read row by row.
 
-    There is no validation part: as the authors do, validation uses the test images. In training images are flipped at
-    random and cropped at random after padding by 4.
+    There is no validation part; validation uses the test images, as in the authors' code. In training, images are
+    flipped at random, padded by 4 and cropped at random.
     """
     needs = 'cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and batches.meta'
     size = 60_000
@@ -206,8 +206,8 @@ class SequentialCIFAR10(SequenceData):
 class CharacterTrajectories(SequenceData):
     """Character Trajectories of the UEA archive: (3, 182), pen tips in 20 characters.
 
-    TRAIN and TEST are joined and split anew, as the authors do. Series are padded to the longest with their last
-    sample, and characters are numbered in the order in which they appear.
+    TRAIN and TEST are joined and split again, as in the authors' code. Series are padded with their last sample to the
+    length of the longest series, and characters are numbered in the order in which they appear.
     """
     needs = 'CharacterTrajectories_TRAIN.ts and CharacterTrajectories_TEST.ts of the UEA archive of 2018'
     size = 2858
@@ -242,14 +242,14 @@ class CharacterTrajectories(SequenceData):
 class SpeechCommands(SequenceData):
     """Ten words of Speech Commands v0.02: samples (1, 16000), or 20 MFCCs (20, 161).
 
-    Clips that do not have 16,000 samples are left out, as the authors do. They take files in the order of the file
-    system; here they are sorted by name, so that the split is the same on every machine.
+    Clips that do not have 16,000 samples are left out, as in the authors' code. The authors read files in the order of
+    the file system; here they are sorted by name, so that the split is the same on every machine.
 
     Args:
         data_dir: Folder that holds a folder of WAV files for each word.
         batch_size: See `SequenceData`.
         num_workers: See `SequenceData`.
-        mfcc: MFCCs instead of samples.
+        mfcc: Whether series are MFCCs instead of samples.
     """
     words = ('yes', 'no', 'up', 'down', 'left', 'right', 'on', 'off', 'stop', 'go')
     needs = f'the folders {", ".join(words)} of Speech Commands v0.02, with WAV files of 16 bits and 16 kHz'
@@ -292,10 +292,10 @@ def mfcc(x: torch.Tensor) -> torch.Tensor:
         torch.Size([2, 20, 161])
     """
     with warnings.catch_warnings():
-        # 64 bands from 101 frequencies: the lowest bands hold no frequency, which is part of the task.
+        # With 64 bands for 101 frequencies, the lowest bands contain no frequency. That is part of the task.
         warnings.filterwarnings('ignore', 'At least one mel filterbank has all zero values', UserWarning)
         transform = MFCC(16_000, n_mfcc=20, log_mels=True, melkwargs=dict(n_fft=200, n_mels=64))
-    return torch.cat([transform(part) for part in x.split(1000)])  # spectra take 20 × the memory of the samples
+    return torch.cat([transform(part) for part in x.split(1000)])  # spectra take 20 times the memory of the samples
 
 
 def split(labels: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,20 +14,20 @@ from ...weights.checkpoint import CheckpointError
 
 __all__ = ['SequenceClassifier', 'rate_factor']
 
-_UNSEEN = ('global_pool', 'radius_range')  # arguments of networks that the weights do not show
+_UNSEEN = ('global_pool', 'radius_range')  # arguments of networks that do not change the shapes of the weights
 
 
 def rate_factor(update: int, warmup: int, total: int, end: float) -> float:
     """The learning rate of an update, relative to the peak: linear from 0, then half a cosine.
 
-    This is the authors' rule (`smp/optim.py`, `smp/ckconv/nn/lr_scheduler.py`) to the letter. Their warm-up takes one
-    step more than its length, and the cosine falls from there: from (warmup + 1) / warmup of the peak.
+    This is exactly the authors' schedule (`smp/optim.py`, `smp/ckconv/nn/lr_scheduler.py`). Its warm-up takes one step
+    more than `warmup`, so the cosine starts at (warmup + 1) / warmup of the peak.
 
     Args:
-        update: Number of the update, from 0.
-        warmup: Updates until the rate reaches the peak.
-        total: Updates in all.
-        end: Where the cosine ends, relative to the peak.
+        update: The number of the update, from 0.
+        warmup: The number of updates until the rate reaches the peak.
+        total: The number of all updates.
+        end: The final rate, relative to the peak.
 
     Example:
         >>> [round(rate_factor(update, 2, 8, 0.), 3) for update in range(9)]
@@ -39,7 +39,7 @@ def rate_factor(update: int, warmup: int, total: int, end: float) -> float:
 
 
 class _Schedule(LambdaLR):
-    """Resumes at the update of a checkpoint, with rates by its own rule instead of those in the checkpoint."""
+    """Resumes at the update of a checkpoint, but computes the rates itself instead of loading them."""
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, 'base_lrs': self.base_lrs})
@@ -49,26 +49,26 @@ class _Schedule(LambdaLR):
 
 
 def _keep_options(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
-    """Load the optimizer's moments, and none of its options."""
+    """Load the optimizer's moments, but not its options."""
     groups = [
         {**own, 'params': loaded['params']} for own, loaded in zip(optimizer.param_groups, state_dict['param_groups'])]
     return {**state_dict, 'param_groups': groups}
 
 
 class SequenceClassifier(LightningModule):
-    """A network of timm, trained with cross entropy, `smpadam` and a learning rate set at every update.
+    """A timm model, trained with cross entropy, `smpadam` and a learning rate that is set at every update.
 
-    Checkpoints hold the weights under the names of timm's model, so `timm.create_model(..., pretrained=True,
+    The weights in its checkpoints have the names of timm's model, so that `timm.create_model(..., pretrained=True,
     pretrained_cfg_overlay=dict(file=...))` loads them.
 
     Args:
-        name: Name of the model.
+        name: The name of the model.
         model_args: Other arguments of `timm.create_model`.
-        lr: Peak of the learning rate, positive; radii get a tenth.
-        weight_decay: L2 term; none on positions, radii, biases and one-dimensional parameters.
-        warmup_epochs: Epochs in which the rate rises from 0, at least 0.
-        min_lr: Where the cosine ends, positive.
-        weights: A checkpoint of this package or of the authors to start from. Not kept in checkpoints.
+        lr: The peak learning rate, positive. Radii get a tenth of it.
+        weight_decay: L2 penalty, except on positions, radii, biases and one-dimensional parameters.
+        warmup_epochs: The number of epochs in which the rate rises from 0, at least 0.
+        min_lr: The final learning rate, positive.
+        weights: A checkpoint of this package or of the authors to start from. It is not saved as an option.
 
     Raises:
         ValueError: An argument breaks the rules above.
@@ -124,7 +124,7 @@ class SequenceClassifier(LightningModule):
         if math.isinf(total):
             raise ValueError(f'max_epochs must be at least 1, got {self.trainer.max_epochs}')
         updates = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        # The cosine of the authors ends at min_lr for radii too, and the optimizer scales their rate by itself.
+        # The authors' cosine ends at min_lr for radii, too, and the optimizer scales their rate itself.
         ends = [self.min_lr / group.get('radius_lr_scale', 1.) / self.lr for group in optimizer.param_groups]
         optimizer.register_load_state_dict_pre_hook(_keep_options)
         schedule = _Schedule(optimizer, [
@@ -135,10 +135,10 @@ class SequenceClassifier(LightningModule):
         """Refuse a checkpoint of another network.
 
         Args:
-            checkpoint: What Lightning saved for a `SequenceClassifier`.
+            checkpoint: A checkpoint that Lightning saved for a `SequenceClassifier`.
 
         Raises:
-            CheckpointError: The name differs, the weights do not fit, or arguments that the weights do not show differ.
+            CheckpointError: The name, the weights or an argument that the weights do not reveal differ.
         """
         found, expected = checkpoint.get('hyper_parameters'), self.hparams
         if not isinstance(found, Mapping) or 'state_dict' not in checkpoint:
