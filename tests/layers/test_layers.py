@@ -1,4 +1,6 @@
 """The modules against the oracle's loops; merging against the module itself before merging."""
+from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -233,6 +235,18 @@ def test_what_cannot_be_folded_is_refused_by_name(where, make, message):
     layer.set_submodule(where, make().eval())
     with pytest.raises(MergeError, match=f'^{where} {message}'):
         layer.fuse()
+
+
+def test_another_forward_of_an_instance_is_refused():
+    layer = RepSMPConv2d(4, 7).eval()
+    for where in 'large.conv', 'small.conv':
+        changed = deepcopy(layer)
+        conv = changed.get_submodule(where)
+        conv.forward = partial(type(conv).forward, conv)
+        with pytest.raises(MergeError, match=f'^{where} must be an SMPConv1d, SMPConv2d'):
+            changed.fuse()
+        with pytest.raises(MergeError) if where == 'large.conv' else nullcontext():
+            changed.large.conv.fuse()
 
 
 def test_what_can_be_folded_is():

@@ -1,4 +1,4 @@
-"""Checks of arguments: inputs, sizes and points.
+"""Checks of arguments (inputs, sizes and points), and of what a module computes.
 
 Shapes: B batch, C channels, H and W height and width, L length, K kernel size.
 """
@@ -7,11 +7,12 @@ from typing import Any, Tuple, Union
 
 import torch
 import torch.fx
+import torch.nn as nn
 from timm.layers import to_2tuple
 
 __all__ = [
     'check_dense', 'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences',
-    'odd_sizes', 'single']
+    'forward_of', 'odd_sizes', 'single']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
@@ -125,3 +126,8 @@ def single(name: str, value: Any) -> int:
     if len(values) != 1 or not isinstance(values[0], int):
         raise ValueError(f'{name} must be an integer, got {value!r}')
     return values[0]
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The function behind the method `forward` of a module; None if it is not a method."""
+    return getattr(module.forward, '__func__', None)

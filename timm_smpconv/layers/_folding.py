@@ -2,14 +2,14 @@
 
 Shapes: C channels, K kernel size, O and I output and input channels. A kernel has one or two axes.
 
-Everything is computed in float64 where the device supports that. A module is known by the `forward` that it runs:
-subclasses, and modules to which another forward was assigned, may compute something else and are refused with a
-`MergeError`.
+Everything is computed in float64 where the device supports that. A module is recognised by its `forward` method, not by
+its class: a subclass that overrides it, or an instance to which another one was assigned, may compute something else
+and is refused with a `MergeError`.
 """
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
-from typing import Any, Callable, Dict, Generator, NamedTuple, Optional, Tuple
+from typing import Any, Generator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]  # torchvision carries no type hints
 
+from ._checks import forward_of
 from .merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
 
 __all__ = [
@@ -24,10 +25,6 @@ __all__ = [
     'merge_parts', 'merging_in_training_mode', 'refused', 'values', 'with_norm']
 
 _training_is_allowed: ContextVar[bool] = ContextVar('_training_is_allowed', default=False)
-# How to get the weight, (O, I / groups, *K), of each kind of convolution; small_conv.py and smp_conv.py add their own.
-WEIGHTS: Dict[Any, Callable[[Any], torch.Tensor]] = dict.fromkeys(
-    (nn.Conv1d.forward, nn.Conv2d.forward, MergedConv2d.forward, MergedConv1d.forward, MergedLargeConv2d.forward),
-    lambda conv: conv.weight)
 _NORM_FORWARDS = (  # BatchNorm1d and BatchNorm2d have the same one
     nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, SyncBatchNormAct.forward)
 _FROZEN_NORM_FORWARDS = (FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)  # the same in training mode
@@ -116,11 +113,6 @@ def merge_parts(module: nn.Module, skip: str = '') -> None:
         setattr(parent, name, part)
 
 
-def forward_of(module: nn.Module) -> Any:
-    """The function behind the method `forward` of a module; None if it is not a method."""
-    return getattr(module.forward, '__func__', None)
-
-
 def refused(module: nn.Module, path: str, rule: str) -> MergeError:
     """The error for a part that breaks a rule of merging."""
     kind = type(module).__name__
@@ -188,14 +180,25 @@ class Convolution(NamedTuple):
         return conv
 
 
-def values(conv: Any, path: str) -> Convolution:
-    """The values of a convolution that is padded with zeros and computes nothing else."""
-    weight = WEIGHTS.get(forward_of(conv))
-    plain = weight is not None and getattr(conv, 'padding_mode', 'zeros') == 'zeros' and (
+def values(conv: Any, kinds: Sequence[Any], path: str) -> Convolution:
+    """The values of a convolution that is padded with zeros and computes nothing else.
+
+    Args:
+        conv: A module.
+        kinds: The classes whose `forward` it may have. The weight is what its method `render` returns if the class has
+            one, and else its parameter.
+        path: What the error calls it.
+
+    Raises:
+        MergeError: It is not such a convolution.
+    """
+    kind = next((kind for kind in kinds if kind.forward is forward_of(conv)), None)
+    plain = kind is not None and getattr(conv, 'padding_mode', 'zeros') == 'zeros' and (
         not isinstance(conv.padding, str) and getattr(conv, 'activation', 'none') == 'none')
-    if weight is None or not plain:
+    if not plain:
         raise refused(conv, path, 'must be an SMPConv1d, SMPConv2d, nn.Conv1d or nn.Conv2d padded with zeros')
-    return Convolution(conv, exact(weight(conv)), None if conv.bias is None else exact(conv.bias))
+    weight = conv.render() if hasattr(kind, 'render') else conv.weight
+    return Convolution(conv, exact(weight), None if conv.bias is None else exact(conv.bias))
 
 
 def with_norm(conv: Convolution, norm: nn.Module, path: str) -> Convolution:

@@ -17,7 +17,7 @@ from .._loading import CheckedLoading
 from . import _folding
 from ._checks import odd_sizes
 from ._folding import Convolution, absorb, affine, check_mode, forward_of, merge, refused
-from .merged import MergedBlock
+from .merged import MergedBlock, MergedConv1d, MergedConv2d, MergedLargeConv2d
 from .small_conv import CausalConv1d, DepthwiseConv2d
 from .smp_conv import SMPConv1d, SMPConv2d, _SMPConv
 
@@ -25,6 +25,9 @@ __all__ = [
     'ConvNorm', 'DenseRepSMPConv2d', 'RepConv', 'RepSMPConv1d', 'RepSMPConv2d', 'dilated_size', 'merged_block']
 
 _int_or_pair = Union[int, Tuple[int, int]]
+_CONVOLUTIONS = (  # that merging folds
+    SMPConv1d, SMPConv2d, CausalConv1d, DepthwiseConv2d, nn.Conv1d, nn.Conv2d, MergedConv1d, MergedConv2d,
+    MergedLargeConv2d)
 
 
 class ConvNorm(nn.Module):
@@ -288,11 +291,12 @@ def dilated_size(size: Tuple[int, ...], dilation: int) -> Tuple[int, ...]:
 def _folded(module: Any, path: str) -> Convolution:
     """The convolution that equals a convolution or a `ConvNorm` without activation."""
     if forward_of(module) is not ConvNorm.forward:
-        return _folding.values(module, path)
+        return _folding.values(module, _CONVOLUTIONS, path)
     if forward_of(module.act) is not nn.Identity.forward:
         raise refused(module.act, f'{path}.act', 'must be an Identity')
     return _folded_conv_norm(module, f'{path}.')
 
 
 def _folded_conv_norm(module: ConvNorm, prefix: str) -> Convolution:
-    return _folding.with_norm(_folding.values(module.conv, f'{prefix}conv'), module.bn, f'{prefix}bn')
+    conv = _folding.values(module.conv, _CONVOLUTIONS, f'{prefix}conv')
+    return _folding.with_norm(conv, module.bn, f'{prefix}bn')

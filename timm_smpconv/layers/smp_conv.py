@@ -18,7 +18,7 @@ from .._loading import CheckedLoading
 from ..ops import depthwise_conv2d, large_conv2d
 from ..ops.render import crop_unreached
 from ._checks import check_images, check_length, check_odd, check_padding, check_sequences, single
-from ._folding import WEIGHTS, check_mode, values
+from ._folding import check_mode, values
 from .merged import _conv1d
 from .smp_kernel import SMPKernel
 
@@ -134,7 +134,7 @@ class _SMPConv(CheckedLoading):
     def fuse(self) -> nn.Module:
         """The same convolution as a plain module."""
         check_mode(self)
-        return values(self, '').build()
+        return values(self, (SMPConv1d, SMPConv2d), '').build()
 
 
 def _is_depthwise(in_channels: int, out_channels: int, groups: int) -> bool:
@@ -326,9 +326,3 @@ class SMPConv1d(_SMPConv):
         return (
             f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
             f'padding={self.padding}, groups={self.groups}, bias={self.bias is not None}, causal={self.causal}')
-
-
-WEIGHTS.update({
-    SMPConv1d.forward: SMPConv1d.render,
-    SMPConv2d.forward: SMPConv2d.render,
-})

@@ -15,6 +15,7 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
 from .._loading import check_before_loading
+from ..layers._checks import forward_of
 from ..layers.heads import ClassifierHead, SelectSequencePool
 from ..layers.merged import MergedConv1d, causal_padding, plain_convolution
 from ..layers.rep_conv import RepSMPConv1d
@@ -167,12 +168,15 @@ class TCNBlock(nn.Module):
         y = self.drop2(self.act2(self.conv2(self.pad2(y))))
         return self.act3(y + self.shortcut(x))
 
-    @torch.jit.ignore
     def to_plain(self) -> nn.Module:
-        """Take the padding out of merged convolutions, in place."""
+        """Take the padding out of merged convolutions, in place, so that their names in the state dict stay the same.
+
+        Returns:
+            This block.
+        """
         for pad, conv in (('pad1', 'conv1'), ('pad2', 'conv2')):
             merged = getattr(self, conv)
-            if type(merged) is MergedConv1d and merged.causal:
+            if forward_of(merged) is MergedConv1d.forward and merged.causal:
                 setattr(self, pad, causal_padding(merged))
                 setattr(self, conv, plain_convolution(merged))
         return self
