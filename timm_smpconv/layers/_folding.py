@@ -85,14 +85,15 @@ def merge(module: Any, path: str) -> nn.Module:
         raise MergeError(error.module, error.reason, f'{path}.{error.path}'.rstrip('.')) from None
 
 
-def merge_parts(module: nn.Module, skip: str = '') -> None:
-    """Replace every part of `module` that has a `fuse` method by what that returns: all parts, or none if one raises.
+def merge_parts(module: nn.Module) -> None:
+    """Replace every part of a module that has a method `fuse` by what that returns: all parts, or none if one raises.
 
-    `timm.utils.reparameterize_model` replaces one part after the other, and goes on into those it has replaced.
+    Stages and blocks call it in `reparameterize`, which `timm.utils.reparameterize_model` prefers to replacing the
+    parts itself. Where that replaces a part it also goes on into the part that was replaced, merges what is in there
+    and drops it: kernels would be rendered up to three times.
 
     Args:
         module: It is changed in place.
-        skip: Name of a child that is left alone.
 
     Raises:
         MergeError: A part cannot be merged.
@@ -101,8 +102,6 @@ def merge_parts(module: nn.Module, skip: str = '') -> None:
 
     def visit(parent: nn.Module, prefix: str) -> None:
         for name, child in parent.named_children():
-            if prefix + name == skip:
-                continue
             if hasattr(child, 'fuse'):
                 merged.append((parent, name, merge(child, prefix + name)))
             else:

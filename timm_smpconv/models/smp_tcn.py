@@ -16,11 +16,12 @@ from timm.models import generate_default_cfgs, register_model
 
 from .._loading import check_before_loading
 from ..layers._checks import forward_of
+from ..layers._folding import merge_parts
 from ..layers.heads import ClassifierHead, SelectSequencePool
 from ..layers.merged import MergedConv1d, causal_padding, plain_convolution
 from ..layers.rep_conv import RepSMPConv1d
 from ..weights.hub import hub_id
-from ._base import SMPNet, Stem, build, model_cfg
+from ._base import SMPNet, build, model_cfg
 
 __all__ = ['SMPTCN']
 
@@ -52,7 +53,7 @@ def read_sequences(x: torch.Tensor, channels: int, longest: int, exact: bool) ->
     return x
 
 
-class SequenceStem(Stem):
+class SequenceStem(nn.Module):
     """The check of the network's input, its permutation, and dropout; (B, in_chans, L or H, W) → (B, in_chans, L).
 
     Attributes:
@@ -61,6 +62,7 @@ class SequenceStem(Stem):
         permutation: (seq_len,), None if nothing is permuted: sample n of the result is sample `permutation[n]` of the
             input.
     """
+    kernel_length: torch.Tensor
     permutation: Optional[torch.Tensor]
 
     def __init__(
@@ -70,13 +72,11 @@ class SequenceStem(Stem):
             kernel_length: int,
             permuted: bool,
             input_drop_rate: float,
-            merged: bool,
             device=None,
     ):
         super().__init__()
         self.in_chans = in_chans
         self.seq_len = seq_len
-        self.merged = merged
         self.trained_length = kernel_length
         self.built_seq_len = seq_len
         self.kernel_length_now = kernel_length
@@ -110,13 +110,11 @@ class SequenceStem(Stem):
         self.kernel_length_now = kernel_length
         self.seq_len = round((self.built_seq_len - 1) * (kernel_length - 1) / (self.trained_length - 1)) + 1
 
-    def fuse(self) -> Stem:
-        """The stem of a network with merged kernels, whose length is the one at which they were rendered."""
-        merged: Any = super().fuse()
-        if merged is not self:
-            merged.trained_length = self.kernel_length_now
-            merged.kernel_length.fill_(self.kernel_length_now)
-        return merged
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Become the stem of a network with merged kernels, whose length is the one at which they are rendered."""
+        self.trained_length = self.kernel_length_now
+        self.kernel_length.fill_(self.kernel_length_now)
 
     @torch.jit.ignore
     def check_entry(self, name: str, key: str, value: torch.Tensor) -> None:
@@ -162,6 +160,10 @@ class TCNBlock(nn.Module):
         self.shortcut = shortcut
         self.act3 = nn.ReLU(inplace=True)
         self.register_load_state_dict_pre_hook(check_before_loading)
+
+    def reparameterize(self) -> None:
+        """Merge all parts in place, or none."""
+        merge_parts(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.drop1(self.act1(self.conv1(self.pad1(x))))
@@ -267,7 +269,7 @@ class SMPTCN(SMPNet):
                 in_dim, dim, length, small_kernel, conv_bias, points=points, radius=radius, radius_range=radius_range,
                 **dd)
 
-        self.stem = SequenceStem(in_chans, seq_len, length, permuted, input_drop_rate, inference_mode, device)
+        self.stem = SequenceStem(in_chans, seq_len, length, permuted, input_drop_rate, device)
         self.blocks = nn.Sequential(*[
             TCNBlock(
                 conv(in_dim), conv(dim), nn.Identity() if in_dim == dim else nn.Conv1d(in_dim, dim, 1, **dd),

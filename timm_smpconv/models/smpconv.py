@@ -25,7 +25,7 @@ from ..layers.merged import MergedBlock, MergedConv2d
 from ..layers.rep_conv import ConvNorm, RepSMPConv2d, dilated_size, merged_block
 from ..layers.small_conv import DepthwiseConv2d
 from ..weights.hub import hub_id
-from ._base import SMPNet, Stem, build, checkpoint_blocks, model_cfg
+from ._base import SMPNet, build, checkpoint_blocks, model_cfg
 
 __all__ = ['SMPConvNet']
 
@@ -127,13 +127,16 @@ class FeedForward(nn.Module):
         )
 
 
-class SMPStem(Stem, nn.ModuleList):
+class SMPStem(nn.ModuleList):
     """The check of the network's input, and layers that follow each other."""
 
-    def __init__(self, in_chans: int, layers: Iterable[nn.Module], merged: bool = False):
+    def __init__(self, in_chans: int, layers: Iterable[nn.Module]):
         super().__init__(layers)
         self.in_chans = in_chans
-        self.merged = merged
+
+    def reparameterize(self) -> None:
+        """Merge all parts in place, or none."""
+        merge_parts(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_images(x, self.in_chans, 32)
@@ -273,7 +276,7 @@ class SMPConvNet(SMPNet):
         self.num_features = dims[-1]
 
         layer = partial(_conv_norm_relu, inference_mode=inference_mode, device=device, dtype=dtype)
-        self.stem = SMPStem(in_chans, merged=inference_mode, layers=[
+        self.stem = SMPStem(in_chans, [
             layer(in_chans, dims[0], 3, stride=2),
             layer(dims[0], dims[0], 3, groups=dims[0]),
             layer(dims[0], dims[0], 1),
