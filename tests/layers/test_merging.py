@@ -1,7 +1,6 @@
 """Merging whole models with timm's own tool, against the model before merging and the authors' mathematics."""
 import copy
 import re
-import threading
 from functools import partial
 
 import pytest
@@ -9,14 +8,14 @@ import reference
 import timm
 import torch
 import torch.nn as nn
-from conftest import IMAGENET_MODELS, TOLERANCE, difference, shake_norms, small_model, wake_weights
+from conftest import IMAGENET_MODELS, SMALL as SMALL_ARGS, TOLERANCE, difference, shake_norms, small_model, wake_weights
 from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d, LayerScale2d, convert_sync_batchnorm
 from timm.utils import reparameterize_model
 from timm.utils.model import freeze_batch_norm_2d
 
 from timm_smpconv import SMPConv2d, SMPKernel
-from timm_smpconv.layers._folding import MergeError, merging_in_training_mode
+from timm_smpconv.layers._folding import MergeError
 from timm_smpconv.layers.merged import MergedConv2d
 from timm_smpconv.weights.checkpoint import checkpoint_filter_fn
 
@@ -60,7 +59,7 @@ def test_inplace(model, images, inplace):
 def test_merging_twice_is_harmless(model, images):
     once = reparameterize_model(model)
     twice = reparameterize_model(once)
-    thrice = reparameterize_model(twice.train())  # nothing is left to merge, so the mode does not matter
+    thrice = reparameterize_model(twice.train())
     assert once.state_dict().keys() == twice.state_dict().keys()
     assert torch.equal(once(images), twice.eval()(images))
     assert torch.equal(once(images), thrice.eval()(images))
@@ -154,25 +153,19 @@ def test_a_part_of_a_network_merges_whole_or_not_at_all(model, where):
         assert dict(part.named_modules()) == before
 
 
-def test_training_mode_can_be_allowed_in_one_thread(images):
-    model = small_model(drop_path_rate=0.5)
-    expected = model(images)
-    model.train()
-    refused = []
-
-    def merge_elsewhere():
-        try:
-            reparameterize_model(model)
-        except MergeError as error:
-            refused.append(error)
-
-    with merging_in_training_mode():
-        merged = reparameterize_model(model).eval()
-        thread = threading.Thread(target=merge_elsewhere)
-        thread.start()
-        thread.join()
-    assert len(refused) == 1
-    assert difference(merged(images), expected) < TOLERANCE[torch.float32]
+@pytest.mark.parametrize('name', ['smpconv_mobile31', 'smpconv_resnet_cifar10', 'smpconv_tcn_ct'])
+def test_a_model_in_training_mode_merges_into_what_it_computes_in_evaluation_mode(name, images):
+    """Running statistics, no DropPath and no dropout: timm's scripts merge before they call `eval()`."""
+    args, x = {
+        'smpconv_mobile31': (dict(SMALL_ARGS, drop_path_rate=0.5), images),
+        'smpconv_resnet_cifar10': (dict(dims=(4, 6), kernel_size=9), images),
+        'smpconv_tcn_ct': (dict(seq_len=40, dim=6, depth=2, drop_rate=0.5), torch.randn(2, 3, 33)),
+    }[name]
+    model = wake_weights(shake_norms(timm.create_model(name, **args)))
+    expected = model.eval()(x)
+    merged = reparameterize_model(model.train()).eval()
+    assert not any(isinstance(m, (nn.modules.batchnorm._BatchNorm, SMPKernel)) for m in merged.modules())
+    assert difference(merged(x), expected) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize('make', [

@@ -4,12 +4,10 @@ Shapes: C channels, K kernel size, O and I output and input channels. A kernel h
 
 Everything is computed in float64 where the device supports that. A module is recognised by its `forward` method, not by
 its class: a subclass that overrides it, or an instance to which another one was assigned, may compute something else
-and is refused with a `MergeError`.
+and is refused with a `MergeError`. Merging folds what a module computes in evaluation mode, whatever its mode is.
 """
-from contextlib import contextmanager
-from contextvars import ContextVar
 from copy import deepcopy
-from typing import Any, Generator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,13 +19,12 @@ from ._checks import forward_of
 from .merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
 
 __all__ = [
-    'Convolution', 'MergeError', 'absorb', 'add_small', 'affine', 'check_mode', 'exact', 'forward_of', 'merge',
-    'merge_parts', 'merging_in_training_mode', 'refused', 'values', 'with_norm']
+    'Convolution', 'MergeError', 'absorb', 'add_small', 'affine', 'exact', 'forward_of', 'merge', 'merge_parts',
+    'refused', 'values', 'with_norm']
 
-_training_is_allowed: ContextVar[bool] = ContextVar('_training_is_allowed', default=False)
 _NORM_FORWARDS = (  # BatchNorm1d and BatchNorm2d have the same one
-    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, SyncBatchNormAct.forward)
-_FROZEN_NORM_FORWARDS = (FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)  # the same in training mode
+    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, SyncBatchNormAct.forward,
+    FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)
 
 
 class MergeError(RuntimeError):
@@ -47,34 +44,6 @@ class MergeError(RuntimeError):
 
     def __str__(self) -> str:
         return f'{self.path or self.module} {self.reason}'
-
-
-@contextmanager
-def merging_in_training_mode() -> Generator[None, None, None]:
-    """Let `fuse()` accept modules in training mode, in this thread or task.
-
-    Merging folds the running statistics in either mode. It normally raises in training mode, because a module then
-    computes with the statistics of the batch. timm's scripts merge before they call `eval()`.
-
-    Example:
-        >>> import timm, timm_smpconv
-        >>> model = timm.create_model('smpconv_mobile31', device='meta')
-        >>> with timm_smpconv.layers._folding.merging_in_training_mode():
-        ...     merged = timm.utils.reparameterize_model(model).eval()
-    """
-    token = _training_is_allowed.set(True)
-    try:
-        yield
-    finally:
-        _training_is_allowed.reset(token)
-
-
-def check_mode(module: nn.Module, path: str = '') -> None:
-    """Raise `MergeError` if `module` is in training mode, outside `merging_in_training_mode`."""
-    if module.training and not _training_is_allowed.get():
-        raise MergeError(
-            type(module).__name__,
-            'merges in evaluation mode only, got a module in training mode: call eval() on the model first', path)
 
 
 def merge(module: Any, path: str) -> nn.Module:
@@ -235,7 +204,7 @@ def affine(
     """Scale and shift, (C,) each, that a BatchNorm applies in evaluation mode, in the merging precision."""
     if forward_of(norm) is nn.Identity.forward:
         return exact(torch.ones(channels, device=device)), exact(torch.zeros(channels, device=device))
-    if forward_of(norm) not in _NORM_FORWARDS + _FROZEN_NORM_FORWARDS:
+    if forward_of(norm) not in _NORM_FORWARDS:
         raise refused(norm, path, 'must be a BatchNorm or an Identity')
     for name in ('drop', 'act'):
         part = getattr(norm, name, None)
@@ -243,8 +212,6 @@ def affine(
             raise refused(part, f'{path}.{name}', 'must be an Identity')
     if norm.running_var is None:
         raise refused(norm, path, 'must have running statistics')
-    if forward_of(norm) in _NORM_FORWARDS:
-        check_mode(norm, path)
     scale = (exact(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * exact(norm.weight)

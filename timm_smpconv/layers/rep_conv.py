@@ -16,7 +16,7 @@ from timm.layers import DropPath
 from .._loading import CheckedLoading
 from . import _folding
 from ._checks import odd_sizes
-from ._folding import Convolution, absorb, affine, check_mode, forward_of, merge, refused
+from ._folding import Convolution, absorb, affine, forward_of, merge, refused
 from .merged import MergedBlock, MergedConv1d, MergedConv2d, MergedLargeConv2d
 from .small_conv import CausalConv1d, DepthwiseConv2d
 from .smp_conv import SMPConv1d, SMPConv2d, _SMPConv
@@ -54,7 +54,6 @@ class ConvNorm(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        check_mode(self)
         conv = _folded_conv_norm(self, '').build()
         if isinstance(self.act, nn.Identity):
             return conv
@@ -117,7 +116,6 @@ class RepConv(CheckedLoading):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        check_mode(self)
         return _folding.add_small(_folded(self.large, 'large'), _folded(self.small, 'small')).build()
 
 
@@ -259,10 +257,7 @@ def merged_block(
     Raises:
         MergeError: One of these cannot be folded exactly.
     """
-    check_mode(block)
-    if forward_of(block.drop_path) is DropPath.forward:
-        check_mode(block.drop_path, 'drop_path')
-    elif forward_of(block.drop_path) is not nn.Identity.forward:
+    if forward_of(block.drop_path) not in (DropPath.forward, nn.Identity.forward):
         raise refused(block.drop_path, 'drop_path', 'must be a DropPath or an Identity')
     pw1, pw2 = _folded(block.pw1, 'pw1'), _folded(block.pw2, 'pw2')
     if not pw1.is_pointwise():

@@ -3,8 +3,8 @@
 Shapes: B batch, C channels, H and W height and width, L length, K kernel size, O and I output and input channels.
 
 `fuse()` follows timm's protocol (`timm.utils.reparameterize_model`): it returns the module that takes the module's
-place and leaves the module itself unchanged. It raises `MergeError` in training mode, and for a part that it cannot
-fold exactly: one with a `forward` of its own, say.
+place and leaves the module itself unchanged. In either mode it folds what the module computes in evaluation mode. It
+raises `MergeError` for a part that it cannot fold exactly, such as one with a `forward` of its own.
 """
 from typing import TYPE_CHECKING, Any, Optional, Tuple, Union
 
@@ -18,7 +18,7 @@ from .._loading import CheckedLoading
 from ..ops import depthwise_conv2d, large_conv2d
 from ..ops.render import crop_unreached
 from ._checks import check_images, check_length, check_odd, check_padding, check_sequences, single
-from ._folding import check_mode, values
+from ._folding import values
 from .merged import _conv1d
 from .smp_kernel import SMPKernel
 
@@ -133,7 +133,6 @@ class _SMPConv(CheckedLoading):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The same convolution as a plain module."""
-        check_mode(self)
         return values(self, (SMPConv1d, SMPConv2d), '').build()
 
 

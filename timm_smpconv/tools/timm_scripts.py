@@ -12,7 +12,6 @@ from unittest import mock
 import timm
 import yaml
 
-from ..layers._folding import merging_in_training_mode
 from ._files import write_whole
 
 __all__ = ['ScriptError', 'find_script', 'run_script']
@@ -80,9 +79,8 @@ def _download(url: str, path: Path) -> None:
 def run_script(path: Path, args: List[str]) -> None:
     """Run a script as `python PATH ARGS` would, with this package imported.
 
-    There are two differences. The script may merge a model before it calls `eval()`, as timm's do for `--reparam`.
-    And unknown or duplicate keys in a YAML configuration, such as the one that timm's train.py reads for `-c FILE`,
-    raise: the script alone would ignore a misspelled option and train without it.
+    There is one difference: unknown or duplicate keys in a YAML configuration, such as the one that timm's train.py
+    reads for `-c FILE`, raise. The script alone would ignore a misspelled option and train without it.
 
     Raises:
         ScriptError: The script is not Python code, or its configuration is wrong.
@@ -97,7 +95,6 @@ def run_script(path: Path, args: List[str]) -> None:
         mock.patch.object(argparse.ArgumentParser, 'set_defaults', _set_known_defaults),
         mock.patch.object(yaml, 'SafeLoader', _UniqueKeyLoader),
         mock.patch.object(_UniqueKeyLoader, 'keys', set()),
-        merging_in_training_mode(),
     ):
         try:
             runpy.run_path(str(path), run_name='__main__')
