@@ -467,7 +467,7 @@ def test_smp_kernel_names_the_bad_argument(arguments, message):
         SMPKernel(**dict(dict(channels=2, size=(3, 3), points=4), **arguments))
 
 
-@pytest.mark.parametrize('name', ['coords', 'radius', 'weight'])
+@pytest.mark.parametrize('name', ['coords', 'radius'])
 @pytest.mark.parametrize('change', [torch.Tensor.char, torch.Tensor.bool, torch.Tensor.cfloat, torch.Tensor.to_sparse])
 def test_loading_refuses_what_it_would_have_to_cast(name, change):
     layer = torch.nn.Sequential(SMPKernel(2, (5, 5), 3))

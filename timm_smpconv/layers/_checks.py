@@ -11,8 +11,8 @@ import torch.nn as nn
 from timm.layers import to_2tuple
 
 __all__ = [
-    'check_dense', 'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences',
-    'forward_of', 'odd_sizes', 'single']
+    'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences', 'forward_of',
+    'odd_sizes', 'single']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
@@ -67,7 +67,8 @@ def check_points(name: str, tensor: torch.Tensor) -> None:
         Traceback (most recent call last):
         ValueError: kernel.radius must be finite everywhere, got nan
     """
-    check_dense(name, tensor)
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise ValueError(f'{name} must be a dense floating-point tensor, got {tensor.dtype}, {tensor.layout}')
     if tensor.is_meta:
         return
     value = tensor.detach()
@@ -78,11 +79,6 @@ def check_points(name: str, tensor: torch.Tensor) -> None:
     wrong = value[~value.isfinite()]
     if wrong.numel():
         raise ValueError(f'{name} must be finite everywhere, got {wrong[0].item()}')
-
-
-def check_dense(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
-        raise ValueError(f'{name} must be a dense floating-point tensor, got {tensor.dtype}, {tensor.layout}')
 
 
 def odd_sizes(kernel_size: _int_or_pair, small_kernel: _int_or_pair) -> Tuple[Tuple[int, int], Tuple[int, int]]:

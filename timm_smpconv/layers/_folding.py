@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]  # torchvision carries no type hints
 
+from .._errors import DataError
 from ._checks import forward_of
 from .merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
 
@@ -27,7 +28,7 @@ _NORM_FORWARDS = (  # BatchNorm1d and BatchNorm2d have the same one
     FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)
 
 
-class MergeError(RuntimeError):
+class MergeError(DataError):
     """A module cannot be merged exactly.
 
     Args:

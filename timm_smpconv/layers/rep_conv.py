@@ -13,7 +13,6 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath
 
-from .._loading import CheckedLoading
 from . import _folding
 from ._checks import odd_sizes
 from ._folding import Convolution, absorb, affine, forward_of, merge, refused
@@ -62,7 +61,7 @@ class ConvNorm(nn.Module):
         return merged
 
 
-class RepConv(CheckedLoading):
+class RepConv(nn.Module):
     """A large SMP branch and a small convolution branch, each with a BatchNorm, added; merges into one convolution."""
 
     def __init__(self, large: ConvNorm, small: ConvNorm):

@@ -14,7 +14,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 
-from .._loading import CheckedLoading
 from ..ops import depthwise_conv2d, large_conv2d
 from ..ops.render import crop_unreached
 from ._checks import check_images, check_length, check_odd, check_padding, check_sequences, single
@@ -30,7 +29,7 @@ for _name in ('check_images', 'check_sequences', 'crop_unreached'):  # FX wraps 
     torch.fx.wrap(_name)
 
 
-class _SMPConv(CheckedLoading):
+class _SMPConv(nn.Module):
     """What `SMPConv1d` and `SMPConv2d` share: the kernel, the bias, rendering, resizing and merging."""
     if TYPE_CHECKING:  # TorchScript would read these
         kernel_size: Any

@@ -10,23 +10,15 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, checkpoint_seq
 
-from .._loading import CheckedLoading
 from ..layers.smp_kernel import SMPKernel
 from ..ops import requested_backend, use_backend
-from ..weights.checkpoint import checkpoint_filter_fn, hint_at_authors
+from ..weights.checkpoint import checkpoint_filter_fn
 from ..weights.hub import prepare_pretrained
 
 __all__ = ['SMPNet', 'build', 'checkpoint_blocks', 'feature_take_indices', 'model_cfg']
 
 
-class _LoadsChecked(CheckedLoading):
-    """`CheckedLoading` that knows the authors' layout."""
-
-    def hint_at_layout(self, extra: List[str]) -> str:
-        return hint_at_authors(extra)
-
-
-class SMPNet(_LoadsChecked):
+class SMPNet(nn.Module):
     """Base class of the networks: a stem, a sequence of blocks or stages, and a head.
 
     Attributes:

@@ -13,7 +13,6 @@ import torch.fx
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
-from .._loading import check_before_loading
 from ..layers._checks import check_images
 from ..layers._folding import merge_parts
 from ..layers.heads import ClassifierHead
@@ -57,7 +56,6 @@ class ResNetBlock(nn.Module):
         self.conv2 = conv2
         self.shortcut = shortcut
         self.act2 = nn.ReLU(inplace=True)
-        self.register_load_state_dict_pre_hook(check_before_loading)
 
     def reparameterize(self) -> None:
         """Merge all parts in place, or none."""

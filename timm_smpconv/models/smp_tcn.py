@@ -14,7 +14,6 @@ import torch.fx
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
-from .._loading import check_before_loading
 from ..layers._checks import forward_of
 from ..layers._folding import merge_parts
 from ..layers.heads import ClassifierHead, SelectSequencePool
@@ -116,26 +115,6 @@ class SequenceStem(nn.Module):
         self.trained_length = self.kernel_length_now
         self.kernel_length.fill_(self.kernel_length_now)
 
-    @torch.jit.ignore
-    def check_entry(self, name: str, key: str, value: torch.Tensor) -> None:
-        """Raise a ValueError if a value is no permutation, or the length of other kernels.
-
-        Args:
-            name: 'permutation' or 'kernel_length'.
-            key: What the error calls it.
-            value: Of the buffer's shape.
-        """
-        if value.is_meta:
-            return
-        if name == 'kernel_length' and value.item() != self.trained_length:
-            raise ValueError(
-                f'{key} must be {self.trained_length}, the length of the kernels of the model, got {value.item()}')
-        if name == 'permutation':
-            missing = sorted(set(range(len(value))) - set(value.tolist()))
-            if missing:
-                raise ValueError(
-                    f'{key} must hold every number from 0 to {len(value) - 1} once, got none that is {missing[0]}')
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = read_sequences(x, self.in_chans, self.seq_len, self.permutation is not None)
         permutation = self.permutation
@@ -159,7 +138,6 @@ class TCNBlock(nn.Module):
         self.drop2 = nn.Dropout(drop_rate)
         self.shortcut = shortcut
         self.act3 = nn.ReLU(inplace=True)
-        self.register_load_state_dict_pre_hook(check_before_loading)
 
     def reparameterize(self) -> None:
         """Merge all parts in place, or none."""

@@ -17,7 +17,6 @@ import torch.nn as nn
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 
-from .._loading import check_before_loading
 from ..layers._checks import check_images, odd_sizes
 from ..layers._folding import merge_parts
 from ..layers.heads import NormClassifierHead
@@ -55,7 +54,6 @@ class SMPBlock(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
         self.pw2 = ConvNorm(nn.Conv2d(dim, dim, 1, bias=False, **dd), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.register_load_state_dict_pre_hook(check_before_loading)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.act1(self.pw1(self.norm(x)))
@@ -65,9 +63,7 @@ class SMPBlock(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The `MergedBlock` that computes the same."""
-        merged = merged_block(self, self.act1, self.dwconv, self.act2)
-        merged.register_load_state_dict_pre_hook(check_before_loading)
-        return merged
+        return merged_block(self, self.act1, self.dwconv, self.act2)
 
     @staticmethod
     def build_merged(
@@ -82,15 +78,13 @@ class SMPBlock(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         size: Any = dilated_size(odd_sizes(kernel_size, small_kernel)[0], dilation)
         padding = (size[0] // 2, size[1] // 2)
-        merged = MergedBlock(
+        return MergedBlock(
             MergedConv2d(dim, dim, 1, activation='relu', **dd),
             nn.Identity(),
             MergedConv2d(dim, dim, size, padding=padding, groups=dim, activation='relu', **dd),
             nn.Identity(),
             MergedConv2d(dim, dim, 1, **dd),
         )
-        merged.register_load_state_dict_pre_hook(check_before_loading)
-        return merged
 
 
 class FeedForward(nn.Module):

@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from safetensors import safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
-from .checkpoint import CheckpointError, check_archive, count_classes, read_checkpoint, select_weights
+from .checkpoint import CheckpointError, count_classes, read_checkpoint, select_weights
 
 __all__ = [
     'BUILT_IN', 'FILES', 'SOURCES', 'SourcesError', 'cache_folder', 'check_cached', 'file_sha256', 'find_cached',
@@ -48,7 +48,6 @@ KEYS = (
     'commit')
 PARTS = {'origin': ('page', 'file', 'weights', 'bytes', 'sha256'), 'dataset': ('name', 'id', 'pipeline')}
 _LOCATIONS = ('state_dict', 'file', 'hf_hub_id', 'url')  # in timm's order of preference
-_ARCHIVES = ('.bin', '.pth', '.tar')  # what timm reads from a folder that has no .safetensors file
 # The client's own errors, those of its HTTP library, which depends on its version, and those of hf_xet.
 _CLIENT_ERRORS: Tuple[Type[Exception], ...] = (
     OSError, RuntimeError, EntryNotFoundError,
@@ -108,9 +107,9 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             return dict(kwargs, pretrained_cfg_overlay=overlay)
         overlay['hf_hub_id'] = _repository(name)
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    if cfg.source == 'local-dir' and cfg.file:
-        _check_folder(Path(cfg.file))
-    elif cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
+    if cfg.source == 'local-dir':
+        return dict(kwargs, pretrained_cfg_overlay=overlay)  # timm reads the folder
+    if cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
         content = cfg.state_dict or read_checkpoint(str(cfg.file))
         state_dict = overlay['state_dict'] = select_weights(content)[0]
         shapes = {key: getattr(value, 'shape', ()) for key, value in state_dict.items()}
@@ -135,13 +134,6 @@ def _is_built_in(name: str, cfg: PretrainedCfg) -> bool:
     """Whether a cfg means the built-in weights of that name, and not others that it gives a place of their own."""
     elsewhere = cfg.source in ('hf-hub', 'local-dir') or cfg.state_dict or cfg.file or cfg.url
     return name in BUILT_IN and not elsewhere and cfg.hf_hub_id in (None, _repository(name))
-
-
-def _check_folder(folder: Path) -> None:
-    if not any(folder.glob('*.safetensors')):
-        for path in sorted(folder.glob('*')):
-            if path.suffix in _ARCHIVES:
-                check_archive(path)
 
 
 def _read_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:
