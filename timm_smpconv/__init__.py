@@ -2,7 +2,6 @@
 
 Importing this package registers them and their optimizers: `create_model("smpconv_tiny")`.
 """
-from ._loading import CheckpointError as CheckpointError
 from .layers import (
     MergeError as MergeError,
     RepSMPConv2d as RepSMPConv2d,
@@ -31,5 +30,6 @@ from .surgery import (
     resize_kernels as resize_kernels,
     to_plain as to_plain,
 )
+from .weights.checkpoint import CheckpointError as CheckpointError
 
 __version__ = '0.1.0'

@@ -118,7 +118,8 @@ def test_a_radius_outside_the_range_is_rendered_as_the_nearest_inside(form):
 @pytest.mark.parametrize('kwargs', [dict(), dict(groups=3, average=True), dict(size=(9,), groups=2, average=True)])
 def test_rendering_keeps_another_range(kwargs):
     kernel = kernel_with([1e-5, 1e-4, 3e-4, 0.2, 0.25, 0.4], radius_range=(1e-4, 0.25), radius=0.25, **kwargs)
-    assert difference(kernel(), expected_of(kernel)) < TOLERANCE[torch.float64]
+    # A radius of 1e-4 multiplies the rounding errors of positions, 1e-16, by its inverse.
+    assert difference(kernel(), expected_of(kernel)) < 1e-11
     kernel = SMPKernel(1, (3, 3), 1, radius_range=(1e-4, 0.25))
     assert kernel.radius.item() == 0.25 and copy.deepcopy(kernel).radius_range == (1e-4, 0.25)
 
@@ -467,7 +468,7 @@ def test_smp_kernel_names_the_bad_argument(arguments, message):
         SMPKernel(**dict(dict(channels=2, size=(3, 3), points=4), **arguments))
 
 
-@pytest.mark.parametrize('name', ['coords', 'radius', 'weight'])
+@pytest.mark.parametrize('name', ['coords', 'radius'])
 @pytest.mark.parametrize('change', [torch.Tensor.char, torch.Tensor.bool, torch.Tensor.cfloat, torch.Tensor.to_sparse])
 def test_loading_refuses_what_it_would_have_to_cast(name, change):
     layer = torch.nn.Sequential(SMPKernel(2, (5, 5), 3))

@@ -1,4 +1,5 @@
 """The modules against the oracle's loops; merging against the module itself before merging."""
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from reference import conv_loop, kernel_loop
 from timm.utils import reparameterize_model
 
 from timm_smpconv import RepSMPConv2d, SMPConv2d, SMPKernel
-from timm_smpconv.layers._folding import MergeError, merging_in_training_mode
+from timm_smpconv.layers._folding import MergeError
 from timm_smpconv.layers.heads import NormClassifierHead
 from timm_smpconv.layers.merged import MergedConv2d
 from timm_smpconv.layers.rep_conv import ConvNorm
@@ -175,24 +176,11 @@ MERGEABLE = [
 
 
 @pytest.mark.parametrize('make', MERGEABLE)
-def test_merging_in_training_mode_is_refused_unless_it_is_allowed(make):
-    module = make()
+def test_the_mode_does_not_matter_for_merging(make):
+    module = shake_norms(make())
     expected = module.eval().fuse().state_dict()
-    with pytest.raises(MergeError, match='merges in evaluation mode only, got a module in training mode'):
-        module.train().fuse()
-    with merging_in_training_mode():
-        merged = module.fuse()
+    merged = module.train().fuse()
     assert all(torch.equal(v, expected[k]) for k, v in merged.state_dict().items())
-    with pytest.raises(MergeError, match='merges in evaluation mode only'):
-        module.fuse()
-
-
-@pytest.mark.parametrize('branch', ['large', 'small'])
-def test_a_norm_alone_in_training_mode_is_refused(branch):
-    layer = RepSMPConv2d(4, 7).eval()
-    layer.get_submodule(branch).bn.train()
-    with pytest.raises(MergeError, match=f'{branch}.bn merges in evaluation mode only'):
-        layer.fuse()
 
 
 def test_merging_draws_no_random_numbers_and_leaves_the_module_alone():
@@ -233,6 +221,19 @@ def test_what_cannot_be_folded_is_refused_by_name(where, make, message):
     layer.set_submodule(where, make().eval())
     with pytest.raises(MergeError, match=f'^{where} {message}'):
         layer.fuse()
+
+
+def test_another_forward_of_an_instance_is_refused():
+    layer = RepSMPConv2d(4, 7).eval()
+    for where in 'large.conv', 'small.conv':
+        changed = deepcopy(layer)
+        conv = changed.get_submodule(where)
+        conv.forward = partial(type(conv).forward, conv)
+        with pytest.raises(MergeError, match=f'^{where} must be an SMPConv1d, SMPConv2d'):
+            changed.fuse()
+    layer.large.conv.forward = torch.sin
+    with pytest.raises(MergeError, match=r'^SMPConv2d must be an SMPConv1d, SMPConv2d'):
+        layer.large.conv.fuse()
 
 
 def test_what_can_be_folded_is():

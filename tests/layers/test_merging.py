@@ -1,6 +1,6 @@
 """Merging whole models with timm's own tool, against the model before merging and the authors' mathematics."""
 import copy
-import threading
+import re
 from functools import partial
 
 import pytest
@@ -8,14 +8,14 @@ import reference
 import timm
 import torch
 import torch.nn as nn
-from conftest import IMAGENET_MODELS, TOLERANCE, difference, shake_norms, small_model, wake_weights
+from conftest import IMAGENET_MODELS, SMALL as SMALL_ARGS, TOLERANCE, difference, shake_norms, small_model, wake_weights
 from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d, LayerScale2d, convert_sync_batchnorm
 from timm.utils import reparameterize_model
 from timm.utils.model import freeze_batch_norm_2d
 
 from timm_smpconv import SMPConv2d, SMPKernel
-from timm_smpconv.layers._folding import MergeError, merging_in_training_mode
+from timm_smpconv.layers._folding import MergeError
 from timm_smpconv.layers.merged import MergedConv2d
 from timm_smpconv.weights.checkpoint import checkpoint_filter_fn
 
@@ -59,7 +59,7 @@ def test_inplace(model, images, inplace):
 def test_merging_twice_is_harmless(model, images):
     once = reparameterize_model(model)
     twice = reparameterize_model(once)
-    thrice = reparameterize_model(twice.train())  # nothing is left to merge, so the mode does not matter
+    thrice = reparameterize_model(twice.train())
     assert once.state_dict().keys() == twice.state_dict().keys()
     assert torch.equal(once(images), twice.eval()(images))
     assert torch.equal(once(images), thrice.eval()(images))
@@ -91,6 +91,9 @@ class TwoModels(nn.Module):
 @pytest.mark.parametrize('make,kernels', [
     (small_model, 5),
     (lambda: nn.Sequential(small_model()), 5),
+    (partial(timm.create_model, 'smpconv_resnet_cifar10', dims=(4, 6), kernel_size=9), 5),
+    (partial(timm.create_model, 'smpconv_resnet_cifar10', features_only=True, dims=(4, 6), kernel_size=9), 5),
+    (partial(timm.create_model, 'smpconv_tcn_ct', seq_len=40, dim=6, depth=2), 4),
     (partial(small_model, features_only=True), 5),
     (partial(small_model, features_only=True, feature_cls='getter'), 5),
     (lambda: TwoModels(small_model(features_only=True, out_indices=(0, 3)), small_model()), 10),
@@ -122,70 +125,47 @@ REFUSED = [
     ('head.norm', partial(nn.GroupNorm, 2, 32), 'must be a BatchNorm or an Identity'),
     ('stem.3.bn', partial(nn.GroupNorm, 2, 8), 'must be a BatchNorm or an Identity'),
 ]
-IN_TRAINING_MODE = ['stages.3.blocks.1', 'stages.3.blocks.0.norm', 'stages.3.blocks.0.drop_path', 'head.norm', 'head',
-                    'stem.3.bn', 'stages.3.blocks.0.dwconv.small.bn', 'stages.3.downsample.0']
 
 
-@pytest.mark.parametrize('where,make,message', [
-    *REFUSED, *((where, None, 'merges in evaluation mode only') for where in IN_TRAINING_MODE)])
-def test_a_refusal_names_the_part_and_leaves_the_model_unmerged(where, make, message):
+@pytest.mark.parametrize('where,make,message', REFUSED)
+def test_a_refusal_names_the_part_and_leaves_the_callers_model_alone(where, make, message):
+    """Its name within the stage, the stem or the head, which merge one by one."""
     model = small_model(drop_path_rate=0.5)
-    if make is None:
-        model.get_submodule(where).training = True
-    else:
-        model.set_submodule(where, make().eval())
+    model.set_submodule(where, make().eval())
     before = dict(model.named_modules())
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(MergeError, match=rf'^{where}.*{message}'):
-        reparameterize_model(model, inplace=True)
+    name = re.sub(r'^(stages\.\d|head|stem)\.', '', where)
+    with pytest.raises(MergeError, match=rf'^{name}.*{message}'):
+        reparameterize_model(model)
     assert dict(model.named_modules()) == before
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-def test_merging_in_training_mode_is_refused_and_changes_nothing(model):
-    keys = model.train().state_dict().keys()
-    with pytest.raises(MergeError, match=r'merges in evaluation mode only.*call eval\(\) on the model first'):
-        reparameterize_model(model, inplace=True)
-    assert model.state_dict().keys() == keys
+@pytest.mark.parametrize('where', ['stages.3.blocks.1.norm', 'stages.3.downsample.1.bn', 'stem.3.bn'])
+def test_a_part_of_a_network_merges_whole_or_not_at_all(model, where):
+    """In place, too: a stage, and the stem."""
+    model.set_submodule(where, nn.GroupNorm(2, 8 if 'stem' in where else 32))
+    part = model.get_submodule('stem' if 'stem' in where else 'stages.3')
+    before = dict(part.named_modules())
+    for network in (model, nn.Sequential(model)):
+        with pytest.raises(MergeError, match='must be a BatchNorm'):
+            reparameterize_model(network, inplace=True)
+        assert dict(part.named_modules()) == before
 
 
-@pytest.mark.parametrize('wrap', [nn.Sequential, nn.DataParallel, partial(torch.compile, backend='eager')])
-def test_a_refusal_within_a_larger_model_leaves_the_network_unmerged(model, wrap):
-    model.head.norm = nn.GroupNorm(2, 32).eval()
-    before = dict(model.named_modules())
-    with pytest.raises(MergeError, match=r'head\.norm must be a BatchNorm'):
-        reparameterize_model(wrap(model), inplace=True)
-    assert dict(model.named_modules()) == before
-
-
-def test_a_refusal_within_a_feature_list_leaves_it_unmerged():
-    model = small_model(features_only=True)
-    model.stages_3.blocks[1].norm = nn.GroupNorm(2, 32).eval()
-    before = dict(model.named_modules())
-    with pytest.raises(MergeError, match=r'^stages_3\.blocks\.1\.norm must be a BatchNorm'):
-        reparameterize_model(model, inplace=True)
-    assert dict(model.named_modules()) == before
-
-
-def test_training_mode_can_be_allowed_in_one_thread(images):
-    model = small_model(drop_path_rate=0.5)
-    expected = model(images)
-    model.train()
-    refused = []
-
-    def merge_elsewhere():
-        try:
-            reparameterize_model(model)
-        except MergeError as error:
-            refused.append(error)
-
-    with merging_in_training_mode():
-        merged = reparameterize_model(model).eval()
-        thread = threading.Thread(target=merge_elsewhere)
-        thread.start()
-        thread.join()
-    assert len(refused) == 1
-    assert difference(merged(images), expected) < TOLERANCE[torch.float32]
+@pytest.mark.parametrize('name', ['smpconv_mobile31', 'smpconv_resnet_cifar10', 'smpconv_tcn_ct'])
+def test_a_model_in_training_mode_merges_into_what_it_computes_in_evaluation_mode(name, images):
+    """Running statistics, no DropPath and no dropout: timm's scripts merge before they call `eval()`."""
+    args, x = {
+        'smpconv_mobile31': (dict(SMALL_ARGS, drop_path_rate=0.5), images),
+        'smpconv_resnet_cifar10': (dict(dims=(4, 6), kernel_size=9), images),
+        'smpconv_tcn_ct': (dict(seq_len=40, dim=6, depth=2, drop_rate=0.5), torch.randn(2, 3, 33)),
+    }[name]
+    model = wake_weights(shake_norms(timm.create_model(name, **args)))
+    expected = model.eval()(x)
+    merged = reparameterize_model(model.train()).eval()
+    assert not any(isinstance(m, (nn.modules.batchnorm._BatchNorm, SMPKernel)) for m in merged.modules())
+    assert difference(merged(x), expected) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize('make', [

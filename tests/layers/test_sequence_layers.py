@@ -142,9 +142,6 @@ def test_branches_that_differ_in_kind_are_refused():
     layer.small = ConvNorm(nn.Conv1d(4, 4, 5, padding=2, bias=False)).eval()
     with pytest.raises(MergeError, match='small must have the channels, groups and alignment of the large branch'):
         layer.fuse()
-    layer = RepSMPConv1d(4, 4, 9)
-    with pytest.raises(MergeError, match='in training mode'):
-        layer.fuse()
 
 
 @pytest.mark.parametrize('make', [partial(RepSMPConv1d, 4, 4, 64), partial(DenseRepSMPConv2d, 4, 4, 33)])

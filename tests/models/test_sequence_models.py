@@ -141,7 +141,7 @@ def test_merging(name, model, x):
     empty.load_state_dict(merged.state_dict())
     assert torch.equal(empty(x), merged(x))
     inplace = copy.deepcopy(model)
-    inplace.reparameterize()
+    assert reparameterize_model(inplace, inplace=True) is inplace
     assert torch.equal(inplace(x), merged(x))
     with torch.no_grad(), use_backend('fft'):
         expected = model(x)
@@ -159,35 +159,25 @@ def test_merged_heads_and_classifiers_mean_the_same(model, x):
         assert torch.equal(net.get_classifier()(net.forward_head(features, pre_logits=True)), net(x))
 
 
-def test_a_merge_that_is_refused_changes_nothing(model, x):
+def test_a_merge_that_is_refused_leaves_the_callers_model_alone(model, x):
     model.blocks[-1].conv2.small.bn = nn.GroupNorm(1, model.blocks[-1].conv2.small.conv.out_channels)
     expected, names = model(x), [n for n, _ in model.named_modules()]
-    for merge in (reparameterize_model, lambda m: reparameterize_model(m, inplace=True), lambda m: m.reparameterize()):
-        with pytest.raises(MergeError, match='must be a BatchNorm or an Identity to be merged, got GroupNorm'):
-            merge(model)
-        assert names == [n for n, _ in model.named_modules()] and torch.equal(model(x), expected)
-    model.train()
-    with pytest.raises(MergeError, match='evaluation mode only'):
-        reparameterize_model(model, inplace=True)
-    assert names == [n for n, _ in model.named_modules()]
+    with pytest.raises(MergeError, match=r'^conv2\.small\.bn must be a BatchNorm or an Identity .* got GroupNorm'):
+        reparameterize_model(model)
+    assert names == [n for n, _ in model.named_modules()] and torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize('merged', [False, True])
-def test_checkpoints_of_the_other_kind_are_refused(name, model, merged):
+def test_checkpoints_of_the_other_kind_are_refused_by_the_filter(name, model, merged):
     state = (model if merged else reparameterize_model(model)).state_dict()
     other = timm.create_model(name, num_classes=7, inference_mode=merged, **SMALL[name])
-    with pytest.raises(CheckpointError, match='merged'):
-        other.load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r'merged .*timm\.utils\.reparameterize_model'):
+        checkpoint_filter_fn(state, other)
 
 
-def test_a_checkpoint_of_another_task_is_refused_and_changes_nothing(model):
-    before = copy.deepcopy(model.state_dict())
-    for wrong, rule in (
-            ({**before, 'head.fc.weight': torch.zeros(9, 9)}, r'head.fc.weight \(9, 9\) instead of'),
-            (small('smpconv_tcn_smnist', depth=5).state_dict(), 'missing|extra')):
-        with pytest.raises(CheckpointError, match=rule):
-            model.load_state_dict(wrong)
-        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+def test_a_checkpoint_of_another_task_is_refused_by_the_filter(model):
+    with pytest.raises(CheckpointError, match=r'missing|extra'):
+        checkpoint_filter_fn(small('smpconv_tcn_smnist', depth=5).state_dict(), model)
 
 
 @pytest.mark.parametrize('source,target', [
@@ -223,27 +213,11 @@ def test_authors_weights_for_a_model_on_the_meta_device():
     assert model(torch.randn(2, 1, 28, 28)).isfinite().all()
 
 
-def test_a_fused_stem_shares_nothing_with_the_model():
-    for name in SMALL:
-        model = small(name)
-        fused = model.stem.fuse().to('meta').train()
-        assert fused.merged and not model.stem.merged
-        assert not any(t.is_meta for t in model.state_dict().values())
-        assert not any(m.training for m in model.modules())
-
-
 @pytest.mark.parametrize('args', [dict(seq_len=64), dict(kernel_size=64), dict(seq_len=64, radius=0.5), {}])
 def test_points_of_shorter_kernels_reach_samples(args):
     model = timm.create_model('smpconv_tcn_smnist', **args)
     radius = model.blocks[0].conv1.large.conv.kernel.radius.unique().item()
     assert radius == pytest.approx(args.get('radius', 2 / 64 if args else 0.002))
-
-
-@pytest.mark.parametrize('value', [[0, 0, 2], [1, 2, 3], [0, -1, 1], [0., .5, 2.]])
-def test_what_is_no_permutation_is_refused(value):
-    model = small('smpconv_tcn_pmnist', seq_len=3, small_kernel=2)
-    with pytest.raises(CheckpointError, match=r'stem.permutation must hold every number from 0 to 2 once, got none'):
-        model.load_state_dict({**model.state_dict(), 'stem.permutation': torch.tensor(value)})
 
 
 def test_other_input_channels_by_timms_rule(tmp_path):

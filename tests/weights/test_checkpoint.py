@@ -8,7 +8,6 @@ import torch
 from conftest import IMAGENET_MODELS, difference, small_model
 from reference import authors_state_dict, logits
 from safetensors.torch import save_file
-from torch.serialization import set_crc32_options
 
 from timm_smpconv import CheckpointError
 from timm_smpconv.weights.checkpoint import checkpoint_filter_fn, read_checkpoint, select_weights
@@ -184,10 +183,6 @@ def test_a_file_that_is_no_checkpoint_is_named_and_not_run(kind, tmp_path, model
 CONTENT = {'state_dict': {'a': torch.arange(2.), 'b.c': torch.arange(3.)}}
 
 
-def content_is(checkpoint):
-    return same(checkpoint['state_dict'], CONTENT['state_dict'])
-
-
 @pytest.mark.parametrize('legacy', [False, True])
 def test_a_file_that_is_cut_anywhere_is_named(legacy, tmp_path):
     path = tmp_path / 'cut.pth'
@@ -200,50 +195,9 @@ def test_a_file_that_is_cut_anywhere_is_named(legacy, tmp_path):
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize('damage,step', [(b'\x10', 2), (b'\xff\xff\xff', 3)])
-def test_a_file_that_is_damaged_anywhere_is_refused_or_read_correctly(damage, step, tmp_path):
-    path = tmp_path / 'damaged.pth'
-    torch.save(CONTENT, path)
-    data = path.read_bytes()
-    messages = []
-    for position in range(0, len(data), step):
-        spoilt = bytearray(data)
-        for i, bits in enumerate(damage[:len(data) - position]):
-            spoilt[position + i] ^= bits
-        path.write_bytes(spoilt)
-        try:
-            assert content_is(read_checkpoint(str(path))), position
-        except CheckpointError as error:
-            messages.append(str(error))
-    assert len(messages) > len(data) / step / 4  # the rest is padding, or is not read
-    assert all(str(path) in message for message in messages)
-
-
-def flipped(path, value):
-    """One bit of a stored float changes, as in storage."""
-    data = path.read_bytes()
-    position = data.index(torch.tensor(value).numpy().tobytes())
-    path.write_bytes(data[:position + 3] + bytes([data[position + 3] ^ 0x40]) + data[position + 4:])
-
-
-def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, file, model):
-    value = model.head.fc.weight[3, 3].item()
-    assert load_small(dict(file=file)).head.fc.weight[3, 3].item() == value
-    flipped(tmp_path / 'ours.pth', value)
-    with pytest.raises(CheckpointError, match=r"ours\.pth'.*Bad CRC-32"):
-        load_small(dict(file=file))
-
-
-def test_a_file_without_checksums_is_read(tmp_path):
-    path = tmp_path / 'a.pth'
-    torch.save(CONTENT, path, _use_new_zipfile_serialization=False)
-    assert content_is(read_checkpoint(path))
-    set_crc32_options(False)
-    try:
-        torch.save(CONTENT, path)
-    finally:
-        set_crc32_options(True)
-    assert content_is(read_checkpoint(path))
+def test_a_file_of_the_old_format_is_read(tmp_path):
+    torch.save(CONTENT, tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
+    assert same(read_checkpoint(tmp_path / 'a.pth')['state_dict'], CONTENT['state_dict'])
 
 
 RADIUS = 'stages.1.blocks.0.large_kernel.smp.conv.radius'

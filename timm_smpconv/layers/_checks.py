@@ -1,4 +1,4 @@
-"""Checks of arguments: inputs, sizes and points.
+"""Checks of arguments (inputs, sizes and points), and of what a module computes.
 
 Shapes: B batch, C channels, H and W height and width, L length, K kernel size.
 """
@@ -7,10 +7,11 @@ from typing import Any, Tuple, Union
 
 import torch
 import torch.fx
+import torch.nn as nn
 from timm.layers import to_2tuple
 
 __all__ = [
-    'check_dense', 'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences',
+    'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences', 'forward_of',
     'odd_sizes', 'single']
 
 _int_or_pair = Union[int, Tuple[int, int]]
@@ -66,7 +67,8 @@ def check_points(name: str, tensor: torch.Tensor) -> None:
         Traceback (most recent call last):
         ValueError: kernel.radius must be finite everywhere, got nan
     """
-    check_dense(name, tensor)
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise ValueError(f'{name} must be a dense floating-point tensor, got {tensor.dtype}, {tensor.layout}')
     if tensor.is_meta:
         return
     value = tensor.detach()
@@ -77,11 +79,6 @@ def check_points(name: str, tensor: torch.Tensor) -> None:
     wrong = value[~value.isfinite()]
     if wrong.numel():
         raise ValueError(f'{name} must be finite everywhere, got {wrong[0].item()}')
-
-
-def check_dense(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
-        raise ValueError(f'{name} must be a dense floating-point tensor, got {tensor.dtype}, {tensor.layout}')
 
 
 def odd_sizes(kernel_size: _int_or_pair, small_kernel: _int_or_pair) -> Tuple[Tuple[int, int], Tuple[int, int]]:
@@ -125,3 +122,8 @@ def single(name: str, value: Any) -> int:
     if len(values) != 1 or not isinstance(values[0], int):
         raise ValueError(f'{name} must be an integer, got {value!r}')
     return values[0]
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The function behind the method `forward` of a module; None if it is not a method."""
+    return getattr(module.forward, '__func__', None)

@@ -2,14 +2,12 @@
 
 Shapes: C channels, K kernel size, O and I output and input channels. A kernel has one or two axes.
 
-Everything is computed in float64 where the device supports that. A module is known by the `forward` that it runs:
-subclasses, and modules to which another forward was assigned, may compute something else and are refused with a
-`MergeError`.
+Everything is computed in float64 where the device supports that. A module is recognised by its `forward` method, not by
+its class: a subclass that overrides it, or an instance to which another one was assigned, may compute something else
+and is refused with a `MergeError`. Merging folds what a module computes in evaluation mode, whatever its mode is.
 """
-from contextlib import contextmanager
-from contextvars import ContextVar
 from copy import deepcopy
-from typing import Any, Callable, Dict, Generator, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -18,20 +16,16 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]  # torchvision carries no type hints
 
 from .._errors import DataError
+from ._checks import forward_of
 from .merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
 
 __all__ = [
-    'Convolution', 'MergeError', 'absorb', 'add_small', 'affine', 'check_mode', 'exact', 'forward_of', 'merge',
-    'merge_parts', 'merging_in_training_mode', 'refused', 'values', 'with_norm']
+    'Convolution', 'MergeError', 'absorb', 'add_small', 'affine', 'exact', 'forward_of', 'merge', 'merge_parts',
+    'refused', 'values', 'with_norm']
 
-_training_is_allowed: ContextVar[bool] = ContextVar('_training_is_allowed', default=False)
-# How to get the weight, (O, I / groups, *K), of each kind of convolution; small_conv.py and smp_conv.py add their own.
-WEIGHTS: Dict[Any, Callable[[Any], torch.Tensor]] = dict.fromkeys(
-    (nn.Conv1d.forward, nn.Conv2d.forward, MergedConv2d.forward, MergedConv1d.forward, MergedLargeConv2d.forward),
-    lambda conv: conv.weight)
 _NORM_FORWARDS = (  # BatchNorm1d and BatchNorm2d have the same one
-    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, SyncBatchNormAct.forward)
-_FROZEN_NORM_FORWARDS = (FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)  # the same in training mode
+    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, SyncBatchNormAct.forward,
+    FrozenBatchNorm2d.forward, FrozenBatchNormAct2d.forward)
 
 
 class MergeError(DataError):
@@ -53,34 +47,6 @@ class MergeError(DataError):
         return f'{self.path or self.module} {self.reason}'
 
 
-@contextmanager
-def merging_in_training_mode() -> Generator[None, None, None]:
-    """Let `fuse()` accept modules in training mode, in this thread or task.
-
-    Merging folds the running statistics in either mode. It normally raises in training mode, because a module then
-    computes with the statistics of the batch. timm's scripts merge before they call `eval()`.
-
-    Example:
-        >>> import timm, timm_smpconv
-        >>> model = timm.create_model('smpconv_mobile31', device='meta')
-        >>> with timm_smpconv.layers._folding.merging_in_training_mode():
-        ...     merged = timm.utils.reparameterize_model(model).eval()
-    """
-    token = _training_is_allowed.set(True)
-    try:
-        yield
-    finally:
-        _training_is_allowed.reset(token)
-
-
-def check_mode(module: nn.Module, path: str = '') -> None:
-    """Raise `MergeError` if `module` is in training mode, outside `merging_in_training_mode`."""
-    if module.training and not _training_is_allowed.get():
-        raise MergeError(
-            type(module).__name__,
-            'merges in evaluation mode only, got a module in training mode: call eval() on the model first', path)
-
-
 def merge(module: Any, path: str) -> nn.Module:
     """`module.fuse()`; errors name the module by its path."""
     try:
@@ -89,14 +55,15 @@ def merge(module: Any, path: str) -> nn.Module:
         raise MergeError(error.module, error.reason, f'{path}.{error.path}'.rstrip('.')) from None
 
 
-def merge_parts(module: nn.Module, skip: str = '') -> None:
-    """Replace every part of `module` that has a `fuse` method by what that returns: all parts, or none if one raises.
+def merge_parts(module: nn.Module) -> None:
+    """Replace every part of a module that has a method `fuse` by what that returns: all parts, or none if one raises.
 
-    `timm.utils.reparameterize_model` replaces one part after the other, and goes on into those it has replaced.
+    Stages and blocks call it in `reparameterize`, which `timm.utils.reparameterize_model` prefers to replacing the
+    parts itself. Where that replaces a part it also goes on into the part that was replaced, merges what is in there
+    and drops it: kernels would be rendered up to three times.
 
     Args:
         module: It is changed in place.
-        skip: Name of a child that is left alone.
 
     Raises:
         MergeError: A part cannot be merged.
@@ -105,8 +72,6 @@ def merge_parts(module: nn.Module, skip: str = '') -> None:
 
     def visit(parent: nn.Module, prefix: str) -> None:
         for name, child in parent.named_children():
-            if prefix + name == skip:
-                continue
             if hasattr(child, 'fuse'):
                 merged.append((parent, name, merge(child, prefix + name)))
             else:
@@ -115,11 +80,6 @@ def merge_parts(module: nn.Module, skip: str = '') -> None:
     visit(module, '')
     for parent, name, part in merged:
         setattr(parent, name, part)
-
-
-def forward_of(module: nn.Module) -> Any:
-    """The function behind the method `forward` of a module; None if it is not a method."""
-    return getattr(module.forward, '__func__', None)
 
 
 def refused(module: nn.Module, path: str, rule: str) -> MergeError:
@@ -189,14 +149,25 @@ class Convolution(NamedTuple):
         return conv
 
 
-def values(conv: Any, path: str) -> Convolution:
-    """The values of a convolution that is padded with zeros and computes nothing else."""
-    weight = WEIGHTS.get(forward_of(conv))
-    plain = weight is not None and getattr(conv, 'padding_mode', 'zeros') == 'zeros' and (
+def values(conv: Any, kinds: Sequence[Any], path: str) -> Convolution:
+    """The values of a convolution that is padded with zeros and computes nothing else.
+
+    Args:
+        conv: A module.
+        kinds: The classes whose `forward` it may have. The weight is what its method `render` returns if the class has
+            one, and else its parameter.
+        path: What the error calls it.
+
+    Raises:
+        MergeError: It is not such a convolution.
+    """
+    kind = next((kind for kind in kinds if kind.forward is forward_of(conv)), None)
+    plain = kind is not None and getattr(conv, 'padding_mode', 'zeros') == 'zeros' and (
         not isinstance(conv.padding, str) and getattr(conv, 'activation', 'none') == 'none')
-    if weight is None or not plain:
+    if not plain:
         raise refused(conv, path, 'must be an SMPConv1d, SMPConv2d, nn.Conv1d or nn.Conv2d padded with zeros')
-    return Convolution(conv, exact(weight(conv)), None if conv.bias is None else exact(conv.bias))
+    weight = conv.render() if hasattr(kind, 'render') else conv.weight
+    return Convolution(conv, exact(weight), None if conv.bias is None else exact(conv.bias))
 
 
 def with_norm(conv: Convolution, norm: nn.Module, path: str) -> Convolution:
@@ -234,7 +205,7 @@ def affine(
     """Scale and shift, (C,) each, that a BatchNorm applies in evaluation mode, in the merging precision."""
     if forward_of(norm) is nn.Identity.forward:
         return exact(torch.ones(channels, device=device)), exact(torch.zeros(channels, device=device))
-    if forward_of(norm) not in _NORM_FORWARDS + _FROZEN_NORM_FORWARDS:
+    if forward_of(norm) not in _NORM_FORWARDS:
         raise refused(norm, path, 'must be a BatchNorm or an Identity')
     for name in ('drop', 'act'):
         part = getattr(norm, name, None)
@@ -242,8 +213,6 @@ def affine(
             raise refused(part, f'{path}.{name}', 'must be an Identity')
     if norm.running_var is None:
         raise refused(norm, path, 'must have running statistics')
-    if forward_of(norm) in _NORM_FORWARDS:
-        check_mode(norm, path)
     scale = (exact(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * exact(norm.weight)

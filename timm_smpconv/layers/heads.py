@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from timm.layers import SelectAdaptivePool2d
 
-from ._folding import Convolution, affine, check_mode
+from ._folding import Convolution, affine
 from .merged import MergedConv2d, MergedNorm
 
 __all__ = ['ClassifierHead', 'NormClassifierHead', 'SelectSequencePool']
@@ -148,7 +148,6 @@ class NormClassifierHead(ClassifierHead):
     def fuse(self) -> 'NormClassifierHead':
         if isinstance(self.norm, (MergedNorm, nn.Identity)):  # merged or pruned already
             return self
-        check_mode(self)
         norm: Any = self.norm
         scale, shift = affine(norm, 'norm', self.in_features)
         like = nn.Conv2d(

@@ -1,8 +1,9 @@
-"""What layers and blocks merge into.
+"""What layers and blocks merge into, and what these are as modules of PyTorch.
 
 Shapes: B batch, C channels, H and W height and width, L length, K kernel size.
 """
-from typing import Any, Optional, Tuple, Union, cast
+from collections import OrderedDict
+from typing import Any, Callable, Dict, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -17,12 +18,14 @@ from ..ops import (
     fused_conv2d,
     large_conv2d,
 )
+from ._checks import forward_of
 
 __all__ = [
-    'MergedBlock', 'MergedConv1d', 'MergedConv2d', 'MergedLargeConv2d', 'MergedNorm', 'causal_padding',
+    'MergedBlock', 'MergedConv1d', 'MergedConv2d', 'MergedLargeConv2d', 'MergedNorm', 'PlainBlock', 'causal_padding',
     'plain_convolution', 'reset_convolution']
 
 _int_or_pair = Union[int, Tuple[int, int]]
+_ACTIVATION_LAYERS: Dict[str, Callable[[], nn.Module]] = {'none': nn.Identity, 'relu': nn.ReLU, 'gelu': nn.GELU}
 
 
 class MergedConv2d(nn.Conv2d):
@@ -71,6 +74,13 @@ class MergedConv2d(nn.Conv2d):
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.activation,
             residual, self.packed)
 
+    def to_plain(self) -> nn.Module:
+        """The same as an `nn.Conv2d`, or as an `nn.Sequential` of `conv` and `act` if it has an activation."""
+        if forward_of(self) is not MergedConv2d.forward:
+            return self
+        conv, act = _without_activation(self, nn.Identity())
+        return _in_sequence(conv=conv, act=act)
+
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, activation={self.activation}'
 
@@ -102,6 +112,10 @@ class MergedLargeConv2d(nn.Conv2d):
         if torch.jit.is_scripting():
             return large_conv2d(x, self.weight, self.bias)
         return large_conv2d(x, self.weight, self.bias, packed=self.packed)
+
+    def to_plain(self) -> nn.Module:
+        """The same as an `nn.Conv2d`."""
+        return plain_convolution(self) if forward_of(self) is MergedLargeConv2d.forward else self
 
 
 def _conv1d(
@@ -177,6 +191,13 @@ class MergedConv1d(nn.Conv1d):
         return _conv1d(
             x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal, self.packed)
 
+    def to_plain(self) -> nn.Module:
+        """The same as an `nn.Conv1d`, or as an `nn.Sequential` of `pad` and `conv` if it is causal."""
+        if forward_of(self) is not MergedConv1d.forward:
+            return self
+        pad = causal_padding(self) if self.causal else nn.Identity()
+        return _in_sequence(pad=pad, conv=plain_convolution(self))
+
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, causal={self.causal}'
 
@@ -231,6 +252,29 @@ class MergedBlock(nn.Module):
         y = self.act2(self.dwconv(y))
         return self.pw2(y, x)
 
+    def to_plain(self) -> nn.Module:
+        """The same as a `PlainBlock`, in which an activation of a convolution is a layer of its own."""
+        if forward_of(self) is not MergedBlock.forward:
+            return self
+        pw1, act1 = _without_activation(self.pw1, self.act1)
+        dwconv, act2 = _without_activation(self.dwconv, self.act2)
+        plain = PlainBlock(_without_identities(pw1=pw1, act1=act1, dwconv=dwconv, act2=act2, pw2=self.pw2))
+        plain.training = self.training
+        return plain
+
+
+class PlainBlock(nn.ModuleDict):
+    """Layers that follow each other, and a residual: `x + layers(x)`, (B, C, H, W) → (B, C, H, W).
+
+    It is not an `nn.Sequential`: tools take those apart and would lose the residual.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for layer in self.values():
+            y = layer(y)
+        return x + y
+
 
 def plain_convolution(conv: Any) -> Any:
     """The `nn.Conv2d` or `nn.Conv1d` with the geometry, parameters and mode of a merged convolution.
@@ -248,3 +292,23 @@ def plain_convolution(conv: Any) -> Any:
 def causal_padding(conv: MergedConv1d) -> nn.Module:
     """The padding in front of a causal convolution, (B, C, L) → (B, C, L + K - 1)."""
     return nn.ConstantPad1d((conv.kernel_size[0] - 1, 0), 0.).train(conv.training)
+
+
+def _without_activation(conv: nn.Module, act: nn.Module) -> Tuple[nn.Module, nn.Module]:
+    """A `MergedConv2d` without its activation, and that activation with `act` behind it; others stay as they are."""
+    if forward_of(conv) is not MergedConv2d.forward:
+        return conv, act
+    own = _ACTIVATION_LAYERS[cast(MergedConv2d, conv).activation]().train(conv.training)
+    if isinstance(own, nn.Identity):
+        return plain_convolution(conv), act
+    return plain_convolution(conv), own if isinstance(act, nn.Identity) else nn.Sequential(own, act)
+
+
+def _without_identities(**layers: nn.Module) -> 'OrderedDict[str, nn.Module]':
+    return OrderedDict((name, layer) for name, layer in layers.items() if not isinstance(layer, nn.Identity))
+
+
+def _in_sequence(**layers: nn.Module) -> nn.Module:
+    """`conv` alone, or an `nn.Sequential` of it and the other layers that are not an `nn.Identity`."""
+    found = _without_identities(**layers)
+    return found['conv'] if len(found) == 1 else nn.Sequential(found).train(found['conv'].training)

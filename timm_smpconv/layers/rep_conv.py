@@ -13,11 +13,10 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath
 
-from .._loading import CheckedLoading
 from . import _folding
 from ._checks import odd_sizes
-from ._folding import Convolution, absorb, affine, check_mode, forward_of, merge, refused
-from .merged import MergedBlock
+from ._folding import Convolution, absorb, affine, forward_of, merge, refused
+from .merged import MergedBlock, MergedConv1d, MergedConv2d, MergedLargeConv2d
 from .small_conv import CausalConv1d, DepthwiseConv2d
 from .smp_conv import SMPConv1d, SMPConv2d, _SMPConv
 
@@ -25,6 +24,9 @@ __all__ = [
     'ConvNorm', 'DenseRepSMPConv2d', 'RepConv', 'RepSMPConv1d', 'RepSMPConv2d', 'dilated_size', 'merged_block']
 
 _int_or_pair = Union[int, Tuple[int, int]]
+_CONVOLUTIONS = (  # that merging folds
+    SMPConv1d, SMPConv2d, CausalConv1d, DepthwiseConv2d, nn.Conv1d, nn.Conv2d, MergedConv1d, MergedConv2d,
+    MergedLargeConv2d)
 
 
 class ConvNorm(nn.Module):
@@ -51,7 +53,6 @@ class ConvNorm(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        check_mode(self)
         conv = _folded_conv_norm(self, '').build()
         if isinstance(self.act, nn.Identity):
             return conv
@@ -60,7 +61,7 @@ class ConvNorm(nn.Module):
         return merged
 
 
-class RepConv(CheckedLoading):
+class RepConv(nn.Module):
     """A large SMP branch and a small convolution branch, each with a BatchNorm, added; merges into one convolution."""
 
     def __init__(self, large: ConvNorm, small: ConvNorm):
@@ -114,7 +115,6 @@ class RepConv(CheckedLoading):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        check_mode(self)
         return _folding.add_small(_folded(self.large, 'large'), _folded(self.small, 'small')).build()
 
 
@@ -256,10 +256,7 @@ def merged_block(
     Raises:
         MergeError: One of these cannot be folded exactly.
     """
-    check_mode(block)
-    if forward_of(block.drop_path) is DropPath.forward:
-        check_mode(block.drop_path, 'drop_path')
-    elif forward_of(block.drop_path) is not nn.Identity.forward:
+    if forward_of(block.drop_path) not in (DropPath.forward, nn.Identity.forward):
         raise refused(block.drop_path, 'drop_path', 'must be a DropPath or an Identity')
     pw1, pw2 = _folded(block.pw1, 'pw1'), _folded(block.pw2, 'pw2')
     if not pw1.is_pointwise():
@@ -288,11 +285,12 @@ def dilated_size(size: Tuple[int, ...], dilation: int) -> Tuple[int, ...]:
 def _folded(module: Any, path: str) -> Convolution:
     """The convolution that equals a convolution or a `ConvNorm` without activation."""
     if forward_of(module) is not ConvNorm.forward:
-        return _folding.values(module, path)
+        return _folding.values(module, _CONVOLUTIONS, path)
     if forward_of(module.act) is not nn.Identity.forward:
         raise refused(module.act, f'{path}.act', 'must be an Identity')
     return _folded_conv_norm(module, f'{path}.')
 
 
 def _folded_conv_norm(module: ConvNorm, prefix: str) -> Convolution:
-    return _folding.with_norm(_folding.values(module.conv, f'{prefix}conv'), module.bn, f'{prefix}bn')
+    conv = _folding.values(module.conv, _CONVOLUTIONS, f'{prefix}conv')
+    return _folding.with_norm(conv, module.bn, f'{prefix}bn')

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from ..ops import depthwise_conv2d
 from ._checks import check_odd
-from ._folding import WEIGHTS
 from .merged import _conv1d, reset_convolution
 
 __all__ = ['CausalConv1d', 'DepthwiseConv2d', 'resample']
@@ -90,9 +89,3 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return depthwise_conv2d(x, self.render(), self.bias)
-
-
-WEIGHTS.update({
-    DepthwiseConv2d.forward: lambda conv: conv.render(),
-    CausalConv1d.forward: lambda conv: conv.weight,
-})

@@ -3,8 +3,8 @@
 Shapes: B batch, C channels, H and W height and width, L length, K kernel size, O and I output and input channels.
 
 `fuse()` follows timm's protocol (`timm.utils.reparameterize_model`): it returns the module that takes the module's
-place and leaves the module itself unchanged. It raises `MergeError` in training mode, and for a part that it cannot
-fold exactly: one with a `forward` of its own, say.
+place and leaves the module itself unchanged. In either mode it folds what the module computes in evaluation mode. It
+raises `MergeError` for a part that it cannot fold exactly, such as one with a `forward` of its own.
 """
 from typing import TYPE_CHECKING, Any, Optional, Tuple, Union
 
@@ -14,11 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 
-from .._loading import CheckedLoading
 from ..ops import depthwise_conv2d, large_conv2d
 from ..ops.render import crop_unreached
 from ._checks import check_images, check_length, check_odd, check_padding, check_sequences, single
-from ._folding import WEIGHTS, check_mode, values
+from ._folding import values
 from .merged import _conv1d
 from .smp_kernel import SMPKernel
 
@@ -30,7 +29,7 @@ for _name in ('check_images', 'check_sequences', 'crop_unreached'):  # FX wraps 
     torch.fx.wrap(_name)
 
 
-class _SMPConv(CheckedLoading):
+class _SMPConv(nn.Module):
     """What `SMPConv1d` and `SMPConv2d` share: the kernel, the bias, rendering, resizing and merging."""
     if TYPE_CHECKING:  # TorchScript would read these
         kernel_size: Any
@@ -133,8 +132,7 @@ class _SMPConv(CheckedLoading):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The same convolution as a plain module."""
-        check_mode(self)
-        return values(self, '').build()
+        return values(self, (SMPConv1d, SMPConv2d), '').build()
 
 
 def _is_depthwise(in_channels: int, out_channels: int, groups: int) -> bool:
@@ -326,9 +324,3 @@ class SMPConv1d(_SMPConv):
         return (
             f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
             f'padding={self.padding}, groups={self.groups}, bias={self.bias is not None}, causal={self.causal}')
-
-
-WEIGHTS.update({
-    SMPConv1d.forward: SMPConv1d.render,
-    SMPConv2d.forward: SMPConv2d.render,
-})

@@ -15,7 +15,7 @@ import torch.fx
 import torch.nn as nn
 
 from ..ops.render import check_size, nearest_in_range, render_in_float
-from ._checks import check_dense, check_points
+from ._checks import check_points
 
 __all__ = ['SMPKernel', 'live_kernels']
 
@@ -192,22 +192,12 @@ class SMPKernel(nn.Module):
         self.scale = math.prod((trained - 1) / (k - 1) for k, trained in zip(size, self.trained_size) if k > 1)
         return self
 
-    def check_entry(self, name: str, key: str, value: torch.Tensor) -> None:
-        """Raise a ValueError if this kernel must not load a value.
-
-        Args:
-            name: 'coords', 'radius' or 'weight'.
-            key: What the error calls it.
-            value: Of any shape.
-        """
-        (check_dense if name == 'weight' else check_points)(key, value)
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Load as PyTorch does, unless a position or radius is not finite."""
         try:
-            for name in self._parameters:
-                value = state_dict.get(prefix + name)
-                if isinstance(value, torch.Tensor):
-                    self.check_entry(name, prefix + name, value)
+            for name in ('coords', 'radius'):
+                if isinstance(state_dict.get(prefix + name), torch.Tensor):
+                    check_points(prefix + name, state_dict[prefix + name])
         except ValueError as error:
             error_msgs = args[-1]
             error_msgs.append(str(error))

@@ -1,75 +1,28 @@
-"""What the families of networks share: merging as a whole, timm's methods, cfgs and building.
+"""What the families of networks share: timm's methods, cfgs and building.
 
 Shapes: B batch, C channels, H and W height and width, L length.
 """
-from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import FeatureListNet, build_model_with_cfg, checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq
 
-from .._loading import CheckedLoading
-from ..layers._folding import merge, merge_parts
 from ..layers.smp_kernel import SMPKernel
 from ..ops import requested_backend, use_backend
-from ..weights.checkpoint import checkpoint_filter_fn, hint_at_authors
+from ..weights.checkpoint import checkpoint_filter_fn
 from ..weights.hub import prepare_pretrained
 
-__all__ = ['SMPFeatureListNet', 'SMPNet', 'Stem', 'build', 'checkpoint_blocks', 'feature_take_indices', 'model_cfg']
+__all__ = ['SMPNet', 'build', 'checkpoint_blocks', 'feature_take_indices', 'model_cfg']
 
 
-class Stem(nn.Module):
-    """Base class of what a network begins with. timm's tool replaces it first, and with it the rest, see `SMPNet`.
-
-    Attributes:
-        merged: Whether it is the stem of a merged network.
-    """
-    merged: bool
-
-    def fuse(self) -> 'Stem':
-        """The stem with its parts merged."""
-        if self.merged:
-            return self
-        parts = {name: merge(part, f'stem.{name}') for name, part in self.named_children() if hasattr(part, 'fuse')}
-        merged = deepcopy(self)
-        merged._modules.update(parts)
-        merged.merged = True
-        return merged
-
-
-class _MergesAtOnce(nn.Module):
-    """A network that timm's tool merges as a whole, or not at all.
-
-    The tool replaces the children one by one, the stem first, and does not call the network's own `reparameterize`. The
-    other parts merge when the stem is replaced by a merged one, so that one that cannot be merged leaves the whole
-    network unmerged. With a stem of another class each child merges by itself.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Stem) and value.merged:
-            merge_parts(self, skip='stem')
-        super().__setattr__(name, value)
-
-
-class _LoadsChecked(CheckedLoading):
-    """`CheckedLoading` that knows the authors' layout."""
-
-    def hint_at_layout(self, extra: List[str]) -> str:
-        return hint_at_authors(extra)
-
-
-class SMPFeatureListNet(_MergesAtOnce, _LoadsChecked, FeatureListNet):
-    """The default wrapper of a features_only model."""
-
-
-class SMPNet(_MergesAtOnce, _LoadsChecked):
+class SMPNet(nn.Module):
     """Base class of the networks: a stem, a sequence of blocks or stages, and a head.
 
     Attributes:
-        stem: A `Stem`.
+        stem: Checks the input, and is the first to compute.
         head: A `ClassifierHead`.
         levels: Name of the `nn.Sequential` between them, whose parts are the levels of `forward_intermediates`.
         input_weights: Names of the weights, of unmerged and merged networks, that meet the input's channels.
@@ -93,13 +46,6 @@ class SMPNet(_MergesAtOnce, _LoadsChecked):
     def __init__(self):
         super().__init__()
         self.grad_checkpointing = False
-
-    def reparameterize(self) -> None:
-        """Merge all parts in place, or none."""
-        if isinstance(self.stem, Stem):
-            self.stem = self.stem.fuse()  # and with it the others
-        else:
-            merge_parts(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -278,7 +224,7 @@ def build(
     model = build_model_with_cfg(
         model_cls, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(feature_indices), flatten_sequential=True, feature_cls=SMPFeatureListNet),
+        feature_cfg=dict(out_indices=tuple(feature_indices), flatten_sequential=True),
         **kwargs,
     )
     model.pretrained_cfg.pop('state_dict', None)

@@ -13,29 +13,32 @@ import torch.fx
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
-from .._loading import check_before_loading
 from ..layers._checks import check_images
+from ..layers._folding import merge_parts
 from ..layers.heads import ClassifierHead
 from ..layers.merged import MergedLargeConv2d, reset_convolution
 from ..layers.rep_conv import DenseRepSMPConv2d
 from ..weights.hub import hub_id
-from ._base import SMPNet, Stem, build, model_cfg
+from ._base import SMPNet, build, model_cfg
 
 __all__ = ['SMPResNet']
 
 torch.fx.wrap('check_images')  # FX wraps a function in one module at a time
 
 
-class ResNetStem(Stem):
+class ResNetStem(nn.Module):
     """The check of the network's input, dropout, a large kernel and ReLU; (B, in_chans, H, W) → (B, dim, H, W)."""
 
-    def __init__(self, in_chans: int, input_drop_rate: float, conv1: nn.Module, merged: bool):
+    def __init__(self, in_chans: int, input_drop_rate: float, conv1: nn.Module):
         super().__init__()
         self.in_chans = in_chans
-        self.merged = merged
         self.drop = nn.Dropout(input_drop_rate)
         self.conv1 = conv1
         self.act = nn.ReLU(inplace=True)
+
+    def reparameterize(self) -> None:
+        """Merge all parts in place, or none."""
+        merge_parts(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_images(x, self.in_chans)
@@ -53,7 +56,10 @@ class ResNetBlock(nn.Module):
         self.conv2 = conv2
         self.shortcut = shortcut
         self.act2 = nn.ReLU(inplace=True)
-        self.register_load_state_dict_pre_hook(check_before_loading)
+
+    def reparameterize(self) -> None:
+        """Merge all parts in place, or none."""
+        merge_parts(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv2(self.drop(self.act1(self.conv1(x))))
@@ -128,7 +134,7 @@ class SMPResNet(SMPNet):
                 in_dim, dim, kernel_size, small_kernel, conv_bias, small_bias, points=points, radius=radius,
                 radius_range=radius_range, **dd)
 
-        self.stem = ResNetStem(in_chans, input_drop_rate, conv(in_chans, dims[0], small_bias=True), inference_mode)
+        self.stem = ResNetStem(in_chans, input_drop_rate, conv(in_chans, dims[0], small_bias=True))
         self.blocks = nn.Sequential(*[
             ResNetBlock(
                 conv(in_dim, dim), conv(dim, dim),

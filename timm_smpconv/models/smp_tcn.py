@@ -14,12 +14,13 @@ import torch.fx
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
-from .._loading import check_before_loading
+from ..layers._checks import forward_of
+from ..layers._folding import merge_parts
 from ..layers.heads import ClassifierHead, SelectSequencePool
 from ..layers.merged import MergedConv1d, causal_padding, plain_convolution
 from ..layers.rep_conv import RepSMPConv1d
 from ..weights.hub import hub_id
-from ._base import SMPNet, Stem, build, model_cfg
+from ._base import SMPNet, build, model_cfg
 
 __all__ = ['SMPTCN']
 
@@ -51,7 +52,7 @@ def read_sequences(x: torch.Tensor, channels: int, longest: int, exact: bool) ->
     return x
 
 
-class SequenceStem(Stem):
+class SequenceStem(nn.Module):
     """The check of the network's input, its permutation, and dropout; (B, in_chans, L or H, W) → (B, in_chans, L).
 
     Attributes:
@@ -60,6 +61,7 @@ class SequenceStem(Stem):
         permutation: (seq_len,), None if nothing is permuted: sample n of the result is sample `permutation[n]` of the
             input.
     """
+    kernel_length: torch.Tensor
     permutation: Optional[torch.Tensor]
 
     def __init__(
@@ -69,13 +71,11 @@ class SequenceStem(Stem):
             kernel_length: int,
             permuted: bool,
             input_drop_rate: float,
-            merged: bool,
             device=None,
     ):
         super().__init__()
         self.in_chans = in_chans
         self.seq_len = seq_len
-        self.merged = merged
         self.trained_length = kernel_length
         self.built_seq_len = seq_len
         self.kernel_length_now = kernel_length
@@ -109,33 +109,11 @@ class SequenceStem(Stem):
         self.kernel_length_now = kernel_length
         self.seq_len = round((self.built_seq_len - 1) * (kernel_length - 1) / (self.trained_length - 1)) + 1
 
-    def fuse(self) -> Stem:
-        """The stem of a network with merged kernels, whose length is the one at which they were rendered."""
-        merged: Any = super().fuse()
-        if merged is not self:
-            merged.trained_length = self.kernel_length_now
-            merged.kernel_length.fill_(self.kernel_length_now)
-        return merged
-
     @torch.jit.ignore
-    def check_entry(self, name: str, key: str, value: torch.Tensor) -> None:
-        """Raise a ValueError if a value is no permutation, or the length of other kernels.
-
-        Args:
-            name: 'permutation' or 'kernel_length'.
-            key: What the error calls it.
-            value: Of the buffer's shape.
-        """
-        if value.is_meta:
-            return
-        if name == 'kernel_length' and value.item() != self.trained_length:
-            raise ValueError(
-                f'{key} must be {self.trained_length}, the length of the kernels of the model, got {value.item()}')
-        if name == 'permutation':
-            missing = sorted(set(range(len(value))) - set(value.tolist()))
-            if missing:
-                raise ValueError(
-                    f'{key} must hold every number from 0 to {len(value) - 1} once, got none that is {missing[0]}')
+    def reparameterize(self) -> None:
+        """Become the stem of a network with merged kernels, whose length is the one at which they are rendered."""
+        self.trained_length = self.kernel_length_now
+        self.kernel_length.fill_(self.kernel_length_now)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = read_sequences(x, self.in_chans, self.seq_len, self.permutation is not None)
@@ -160,19 +138,25 @@ class TCNBlock(nn.Module):
         self.drop2 = nn.Dropout(drop_rate)
         self.shortcut = shortcut
         self.act3 = nn.ReLU(inplace=True)
-        self.register_load_state_dict_pre_hook(check_before_loading)
+
+    def reparameterize(self) -> None:
+        """Merge all parts in place, or none."""
+        merge_parts(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.drop1(self.act1(self.conv1(self.pad1(x))))
         y = self.drop2(self.act2(self.conv2(self.pad2(y))))
         return self.act3(y + self.shortcut(x))
 
-    @torch.jit.ignore
     def to_plain(self) -> nn.Module:
-        """Take the padding out of merged convolutions, in place."""
+        """Take the padding out of merged convolutions, in place, so that their names in the state dict stay the same.
+
+        Returns:
+            This block.
+        """
         for pad, conv in (('pad1', 'conv1'), ('pad2', 'conv2')):
             merged = getattr(self, conv)
-            if type(merged) is MergedConv1d and merged.causal:
+            if forward_of(merged) is MergedConv1d.forward and merged.causal:
                 setattr(self, pad, causal_padding(merged))
                 setattr(self, conv, plain_convolution(merged))
         return self
@@ -263,7 +247,7 @@ class SMPTCN(SMPNet):
                 in_dim, dim, length, small_kernel, conv_bias, points=points, radius=radius, radius_range=radius_range,
                 **dd)
 
-        self.stem = SequenceStem(in_chans, seq_len, length, permuted, input_drop_rate, inference_mode, device)
+        self.stem = SequenceStem(in_chans, seq_len, length, permuted, input_drop_rate, device)
         self.blocks = nn.Sequential(*[
             TCNBlock(
                 conv(in_dim), conv(dim), nn.Identity() if in_dim == dim else nn.Conv1d(in_dim, dim, 1, **dd),

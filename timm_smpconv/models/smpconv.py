@@ -17,7 +17,6 @@ import torch.nn as nn
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 
-from .._loading import check_before_loading
 from ..layers._checks import check_images, odd_sizes
 from ..layers._folding import merge_parts
 from ..layers.heads import NormClassifierHead
@@ -25,7 +24,7 @@ from ..layers.merged import MergedBlock, MergedConv2d
 from ..layers.rep_conv import ConvNorm, RepSMPConv2d, dilated_size, merged_block
 from ..layers.small_conv import DepthwiseConv2d
 from ..weights.hub import hub_id
-from ._base import SMPNet, Stem, build, checkpoint_blocks, model_cfg
+from ._base import SMPNet, build, checkpoint_blocks, model_cfg
 
 __all__ = ['SMPConvNet']
 
@@ -55,7 +54,6 @@ class SMPBlock(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
         self.pw2 = ConvNorm(nn.Conv2d(dim, dim, 1, bias=False, **dd), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.register_load_state_dict_pre_hook(check_before_loading)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.act1(self.pw1(self.norm(x)))
@@ -65,9 +63,7 @@ class SMPBlock(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The `MergedBlock` that computes the same."""
-        merged = merged_block(self, self.act1, self.dwconv, self.act2)
-        merged.register_load_state_dict_pre_hook(check_before_loading)
-        return merged
+        return merged_block(self, self.act1, self.dwconv, self.act2)
 
     @staticmethod
     def build_merged(
@@ -82,15 +78,13 @@ class SMPBlock(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         size: Any = dilated_size(odd_sizes(kernel_size, small_kernel)[0], dilation)
         padding = (size[0] // 2, size[1] // 2)
-        merged = MergedBlock(
+        return MergedBlock(
             MergedConv2d(dim, dim, 1, activation='relu', **dd),
             nn.Identity(),
             MergedConv2d(dim, dim, size, padding=padding, groups=dim, activation='relu', **dd),
             nn.Identity(),
             MergedConv2d(dim, dim, 1, **dd),
         )
-        merged.register_load_state_dict_pre_hook(check_before_loading)
-        return merged
 
 
 class FeedForward(nn.Module):
@@ -127,13 +121,16 @@ class FeedForward(nn.Module):
         )
 
 
-class SMPStem(Stem, nn.ModuleList):
+class SMPStem(nn.ModuleList):
     """The check of the network's input, and layers that follow each other."""
 
-    def __init__(self, in_chans: int, layers: Iterable[nn.Module], merged: bool = False):
+    def __init__(self, in_chans: int, layers: Iterable[nn.Module]):
         super().__init__(layers)
         self.in_chans = in_chans
-        self.merged = merged
+
+    def reparameterize(self) -> None:
+        """Merge all parts in place, or none."""
+        merge_parts(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_images(x, self.in_chans, 32)
@@ -273,7 +270,7 @@ class SMPConvNet(SMPNet):
         self.num_features = dims[-1]
 
         layer = partial(_conv_norm_relu, inference_mode=inference_mode, device=device, dtype=dtype)
-        self.stem = SMPStem(in_chans, merged=inference_mode, layers=[
+        self.stem = SMPStem(in_chans, [
             layer(in_chans, dims[0], 3, stride=2),
             layer(dims[0], dims[0], 3, groups=dims[0]),
             layer(dims[0], dims[0], 1),

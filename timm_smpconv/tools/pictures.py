@@ -17,8 +17,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from ..layers.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
 from ..layers.smp_kernel import SMPKernel
-from ..models._base import SMPFeatureListNet, SMPNet
 from ..ops.render import render_kernel
 from .receptive_field import smallest_square
 
@@ -104,11 +104,10 @@ def find_kernels(
     kernels: Dict[str, Any] = {
         re.sub(r'\.?(large\.)?(conv\.)?kernel$', '', name): module
         for name, module in model.named_modules() if isinstance(module, SMPKernel)}
-    # A merged network: its other convolutions have kernel sizes of 1 or 3.
-    if not kernels and isinstance(model, (SMPNet, SMPFeatureListNet)):
+    if not kernels:  # of a merged network, whose other convolutions have kernels of 1 or 3
         kernels = {
             name: module.weight for name, module in model.named_modules()
-            if isinstance(module, (nn.Conv1d, nn.Conv2d)) and min(module.kernel_size) > 3}
+            if isinstance(module, (MergedConv1d, MergedConv2d, MergedLargeConv2d)) and min(module.kernel_size) > 3}
     if not kernels:
         raise ValueError(f'model must have SMP kernels, got {type(model).__name__} without')
     in_stages: Dict[int, List[str]] = {}

@@ -11,7 +11,6 @@ import timm
 
 from .._errors import DataError
 from .._files import written_beside
-from ..layers._folding import merging_in_training_mode
 
 __all__ = ['find_script', 'run_script']
 
@@ -71,11 +70,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def run_script(path: Path, args: List[str]) -> None:
-    """Run a script as `python PATH ARGS` would, with this package imported. `sys.argv` and `sys.path` are the script's.
-
-    The script may merge a model before it calls `eval()`, as timm's do for `--reparam`.
-    """
+    """Run a script as `python PATH ARGS` would, with this package imported. Sets `sys.argv` and `sys.path` for it."""
     sys.argv = [str(path), *args]
     sys.path.insert(0, str(path.parent))
-    with merging_in_training_mode():
-        runpy.run_path(str(path), run_name='__main__')
+    runpy.run_path(str(path), run_name='__main__')

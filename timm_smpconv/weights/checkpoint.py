@@ -1,20 +1,19 @@
 """Checkpoints: read a file, translate the authors' layout into ours, and refuse what does not fit a model."""
 import argparse
 import re
-import zipfile
 from pathlib import Path
-from typing import Any, Container, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Collection, Container, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
-from .._loading import CheckpointError, check_keys, check_values
+from .._errors import DataError
 
 __all__ = [
-    'CheckpointError', 'check_archive', 'checkpoint_filter_fn', 'count_classes', 'count_inputs', 'hint_at_authors',
-    'is_authors_layout', 'read_checkpoint', 'select_weights']
+    'CheckpointError', 'checkpoint_filter_fn', 'count_classes', 'count_inputs', 'is_authors_layout', 'read_checkpoint',
+    'select_weights']
 
 # Where training scripts, timm's among them, keep the two kinds of weights.
 _WRAPPERS = {'ema': ('state_dict_ema', 'model_ema', 'ema'), 'model': ('state_dict', 'model')}
@@ -49,10 +48,12 @@ _CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 _PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
 
 
+class CheckpointError(DataError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
 def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
     """Read a .pth, .pt, .pth.tar or .safetensors file without running code from it.
-
-    Checksums of the file are verified where its format has them (see `check_archive`).
 
     Returns:
         The content of the file: a state dict, or a dict that a training script wrapped around one (see
@@ -68,7 +69,8 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
         ...     read_checkpoint(file.name)
         {'state_dict': {'weight': tensor([1., 1.])}}
     """
-    check_archive(path)
+    if not Path(path).exists():
+        raise CheckpointError(f'file must exist, got {str(path)!r}')
     try:
         if str(path).endswith('.safetensors'):
             return load_file(path)
@@ -78,34 +80,6 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
             raise TypeError(f'a {type(checkpoint).__name__} instead of a dict')
         return checkpoint
     except Exception as error:  # readers raise many types for a damaged file: struct.error, IndexError, KeyError, …
-        raise _unreadable(path, error) from error
-
-
-def check_archive(path: Union[str, Path]) -> None:
-    """Compare the records of a zip archive, as `torch.save` writes it, with their CRC-32 checksums.
-
-    `torch.load` does not compare them. The file is read once more, in pieces of 1 MiB, at about 1 GB/s if it is cached.
-    Other formats (.safetensors, `torch.save` before PyTorch 1.6) have no checksums, and neither have archives written
-    under `torch.serialization.set_crc32_options(False)`: they pass.
-
-    Raises:
-        CheckpointError: A record is damaged, or the file does not exist.
-    """
-    try:
-        with Path(path).open('rb') as file:
-            if file.read(4) != b'PK\3\4':  # by which torch.load tells the formats apart
-                return
-            with zipfile.ZipFile(file) as archive:
-                for record in archive.infolist():
-                    if record.file_size and record.external_attr & 0x10:  # PyTorch would leave its memory uninitialized
-                        raise zipfile.BadZipFile(f'File {record.filename!r} is marked as a directory')
-                    if record.CRC:  # 0 if it was not computed
-                        with archive.open(record) as stream:
-                            while stream.read(2 ** 20):
-                                pass
-    except FileNotFoundError as error:
-        raise CheckpointError(f'file must exist, got {str(path)!r}') from error
-    except Exception as error:  # a damaged archive: BadZipFile, zlib.error, NotImplementedError, …
         raise _unreadable(path, error) from error
 
 
@@ -155,24 +129,26 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
         >>> checkpoint_filter_fn(checkpoint, model).keys() == model.state_dict().keys()
         True
     """
-    out: Dict[str, Any] = {}
-    expected = model.state_dict()
     source = select_weights(state_dict)[0]
+    out: Dict[str, Any] = {}
+    authors = False
     for key, value in source.items():
-        renamed = _rename(key)
-        if renamed is None:
+        name = _rename(key)
+        authors |= name != key
+        if name is None:
             continue
-        if renamed in out:
-            raise CheckpointError(f'state_dict must hold every weight once, got {renamed} under two names')
-        if renamed != key and isinstance(value, torch.Tensor) and value.ndim > 2 and (
-                renamed.endswith('.kernel.radius') or renamed == 'head.fc.weight'):
+        if name in out:
+            raise CheckpointError(f'state_dict must hold every weight once, got {name} under two names')
+        if name != key and isinstance(value, torch.Tensor) and value.ndim > 2 and (
+                name.endswith('.kernel.radius') or name == 'head.fc.weight'):
             value = value.flatten(1)  # (G, P, 1[, 1]) → (G, P); a 1×1 convolution (O, I, 1, 1) → (O, I)
-        out[renamed] = value
-    if is_authors_layout(source):
+        out[name] = value
+    if authors:
         out = {**getattr(model, 'authors_buffers', dict)(), **out}
-    check_keys(out, expected, ignore=_CLASSIFIER, hint=hint_at_authors)
+    expected = model.state_dict()
     inputs = getattr(model, 'input_weights', ())
-    check_values(out, model, any_shape=(*inputs, *_CLASSIFIER))
+    _check_keys(out, expected)
+    _check_values(out, expected, any_shape=(*inputs, *_CLASSIFIER))
     for key, value in source.items():
         _check_length(key, value, model)
     first_conv = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv') or ()
@@ -183,10 +159,63 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     return out
 
 
+def _check_keys(keys: Collection[str], expected: Collection[str]) -> None:
+    merged, model_merged = _is_merged(keys), _is_merged(expected)
+    if merged and model_merged is False:
+        raise CheckpointError(
+            'state_dict is merged but the model is not: create the model with inference_mode=True, since '
+            'timm.utils.reparameterize_model cannot be undone')
+    if merged is False and model_merged:
+        raise CheckpointError(
+            'state_dict is not merged but the model is: load it into a model created without inference_mode, then '
+            'merge that with timm.utils.reparameterize_model(model)')
+    missing = [key for key in expected if key not in keys and key not in _CLASSIFIER]
+    extra = [key for key in keys if key not in expected and key not in _CLASSIFIER]
+    found = [f'{len(ks)} {word} ({_some(ks)})' for word, ks in (('missing', missing), ('extra', extra)) if ks]
+    if found:
+        raise CheckpointError(f'state_dict must have exactly the keys of the model, got {" and ".join(found)}')
+
+
+def _is_merged(keys: Iterable[str]) -> Optional[bool]:
+    """Whether the keys are those of a merged model; None if there is no large kernel among them."""
+    if any(re.search(r'(^|\.)(dwconv|conv[12])\.weight$', key) for key in keys):
+        return True
+    return False if any(re.search(r'(^|\.)(dwconv|conv[12])\.large\.', key) for key in keys) else None
+
+
+def _check_values(
+        state_dict: Mapping[str, Any],
+        expected: Mapping[str, torch.Tensor],
+        any_shape: Container[str],
+) -> None:
+    """Refuse what PyTorch would cast or cannot copy, weights of other shapes, and points that are not finite."""
+    wrong = []
+    for key, like in expected.items():
+        value = state_dict.get(key, like)
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f'{key} must be a tensor, got {type(value).__name__}')
+        if value.layout != torch.strided:
+            raise CheckpointError(f'{key} must be a dense tensor, got {value.layout}')
+        if like.is_floating_point() and not value.is_floating_point():
+            raise CheckpointError(f'{key} must have a floating point dtype, got {value.dtype}')
+        if value.shape != like.shape and key not in any_shape:
+            wrong.append(f'{key} {tuple(value.shape)} instead of {tuple(like.shape)}')
+        elif key.endswith(('.kernel.coords', '.kernel.radius')) and not value.is_meta:
+            value = value.to(like.dtype)
+            if not value.isfinite().all():
+                raise CheckpointError(f'{key} must be finite everywhere, got {value[~value.isfinite()][0].item()}')
+    if wrong:
+        raise CheckpointError(f'state_dict must have the shapes of the model, got {_some(wrong)}')
+
+
 def _check_length(key: str, value: Any, model: nn.Module) -> None:
-    """Compare the length of the kernels that the authors' code saves (0 before it is known) with the model's."""
+    """Compare the length of the kernels that a checkpoint has (the authors' has 0 before it is known) with the model's.
+
+    The shapes of points do not tell the length.
+    """
     expected = getattr(model, 'kernel_length', None)
-    if expected and key.endswith('.train_length') and isinstance(value, torch.Tensor) and not value.is_meta:
+    tells = key.endswith('.train_length') or key == 'stem.kernel_length'
+    if expected and tells and isinstance(value, torch.Tensor) and not value.is_meta:
         found = value.flatten().tolist()
         if found not in ([0], [expected]):
             raise CheckpointError(f'{key} must be {expected}, the length of the kernels of the model, got {found}')
@@ -211,13 +240,6 @@ def is_authors_layout(keys: Iterable[str]) -> bool:
         (True, False)
     """
     return any(_rename(key) != key for key in keys)
-
-
-def hint_at_authors(keys: List[str]) -> str:
-    """What an error about superfluous keys adds if they are of the authors' layout."""
-    if not is_authors_layout(keys):
-        return ''
-    return '; this is the layout of the authors: load it through checkpoint_filter_fn'
 
 
 def count_classes(shapes: Mapping[str, Sequence[int]]) -> int:
@@ -279,3 +301,7 @@ def _rename(key: str) -> Optional[str]:
         else:
             key = re.sub(pattern, replacement, key)
     return key
+
+
+def _some(items: List[str], limit: int = 3) -> str:
+    return ', '.join(items[:limit]) + (', …' if len(items) > limit else '')
