@@ -42,6 +42,10 @@ from timm_smpconv.training.recipes import recipe_names
 from timm_smpconv.weights import hub as pretrained
 from timm_smpconv.weights.checkpoint import checkpoint_filter_fn
 
+reads_folders = pytest.mark.skipif(
+    tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 26),
+    reason="'local-dir:' reads no .safetensors file before timm 1.0.26")
+
 ROOT = Path(__file__).parents[2]
 TINY, MOBILE = 'timm-smpconv/smpconv_tiny.in1k', 'timm-smpconv/smpconv_mobile31.in1k'
 
@@ -178,6 +182,7 @@ def image(channels=3):
 
 
 @pytest.mark.slow
+@reads_folders
 def test_convert_publish_and_load_in_every_way(hub, python, tmp_path):
     sd = authors_state_dict('smpconv_tiny')
     file = save_as_the_authors_do(tmp_path / 'SMPConv_T.pth', ema=sd, model=authors_state_dict('smpconv_tiny', seed=1))
@@ -373,6 +378,7 @@ def test_a_card_that_the_hub_refuses(server, copy, publishing):
 
 
 @pytest.mark.slow
+@reads_folders
 def test_a_checkpoint_of_train_py(tmp_path):
     """Its classes, channels and evaluation settings; EMA weights by default. OUT is a link to an empty folder."""
     sd = {'model': {}, 'ema': {}}
@@ -409,6 +415,7 @@ def trained(tmp_path, name, **changes):
     'smpconv_tcn_ct', 'smpconv_tcn_sc', *(pytest.param(name, marks=pytest.mark.slow) for name in (
         'smpconv_resnet_cifar10', 'smpconv_tcn_smnist', 'smpconv_tcn_pmnist', 'smpconv_tcn_scifar10',
         'smpconv_tcn_scraw'))])
+@reads_folders
 def test_the_cifar10_and_sequence_networks(name, tmp_path, publishing):
     """Converted, read back, merged, and published on paper; what the card says and how it loads them."""
     sd, command = trained(tmp_path, name)
@@ -598,6 +605,7 @@ def test_a_full_disk(copy, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', [
     torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float64))])
+@reads_folders
 def test_checkpoints_of_other_dtypes(folder, dtype, tmp_path):
     sd = {k: v.to(dtype) if v.is_floating_point() else v for k, v in folder[1].items()}
     model = timm.create_model(f'local-dir:{converted(tmp_path, sd)}', pretrained=True).eval()

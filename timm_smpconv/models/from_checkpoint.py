@@ -1,4 +1,4 @@
-"""Build a network from its name and a checkpoint, which tells the arguments that the network was built with."""
+"""Build a network from its name and a checkpoint, whose weights tell the arguments that the network was built with."""
 import textwrap
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Union
@@ -19,7 +19,7 @@ from ..weights.checkpoint import (
 )
 from ._base import SMPNet
 
-__all__ = ['build_network']
+__all__ = ['arguments_of', 'build_network', 'network_of']
 
 
 def build_network(name: str, checkpoint: Optional[Path] = None, pretrained: bool = False) -> nn.Module:
@@ -55,17 +55,44 @@ def build_network(name: str, checkpoint: Optional[Path] = None, pretrained: bool
         content = read_checkpoint(checkpoint)
         try:
             state_dict = select_weights(content)[0]
-            model = timm.create_model(name, **_arguments(model, state_dict))
-            if isinstance(model, SMPNet):
-                state_dict = checkpoint_filter_fn(state_dict, model)
-            model.load_state_dict(state_dict)
+            model = network_of(name, state_dict, arguments_of(model, state_dict))
         except (RuntimeError, TypeError, ValueError) as error:  # of the loading; of arguments that no network has
             raise CheckpointError(f'{checkpoint} must be a checkpoint of {name}, got: {_short(error)}') from error
     return model.eval()
 
 
-def _arguments(like: nn.Module, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
-    """The arguments of a network that a state dict was saved from."""
+def network_of(
+        name: str,
+        state_dict: Mapping[str, Any],
+        arguments: Mapping[str, Any],
+) -> Any:
+    """A network of timm with the weights of a state dict, in the layout of timm or of the authors.
+
+    Args:
+        name: Of a registered model.
+        state_dict: As `select_weights` returns it.
+        arguments: Of the network, such as those that `arguments_of` finds.
+
+    Raises:
+        CheckpointError: The state dict does not fit the network.
+    """
+    model = timm.create_model(name, **arguments)
+    if isinstance(model, SMPNet):
+        state_dict = checkpoint_filter_fn(state_dict, model)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise CheckpointError(f'state_dict must fit {name}, got: {_short(error)}') from error
+    return model
+
+
+def arguments_of(like: nn.Module, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+    """The arguments of the network that a state dict was saved from, as far as its weights tell them.
+
+    Args:
+        like: The model of that name with its own arguments, on any device.
+        state_dict: See `network_of`.
+    """
     shapes = {key: tuple(value.shape) for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
     if isinstance(like, SMPNet):
         arguments: Dict[str, Any] = dict(

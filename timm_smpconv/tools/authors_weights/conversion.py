@@ -14,21 +14,16 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tup
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
 from ..._errors import DataError
 from ..._files import written_beside
+from ...models.from_checkpoint import arguments_of, network_of
 from ...models.smp_tcn import SMPTCN
-from ...weights.checkpoint import (
-    checkpoint_filter_fn,
-    count_classes,
-    count_inputs,
-    is_authors_layout,
-    read_checkpoint,
-    select_weights,
-)
+from ...weights.checkpoint import is_authors_layout, read_checkpoint, select_weights
 from ...weights.hub import FILES, SOURCES, file_sha256, load_sources
 from . import authors_imagenet, authors_smp
 from .card import model_card
@@ -155,15 +150,13 @@ def check_replaceable(out: Path, checkpoint: Path) -> None:
 
 def build(name: str, tag: str, source: Mapping[str, torch.Tensor]) -> Model:
     """The model with these weights, in evaluation mode. The checkpoint decides its classes and input channels."""
-    shapes = {key: value.shape for key, value in source.items() if isinstance(value, torch.Tensor)}
-    classes = count_classes(shapes)
     like: Model = timm.create_model(name, device='meta')
-    in_chans = count_inputs(shapes, like.input_weights)
-    if not classes or not in_chans:
+    found = arguments_of(like, source)
+    decided = {key: found.get(key) for key in ('num_classes', 'in_chans')}
+    if not all(decided.values()):
         raise DataError(
             f'checkpoint must hold an SMPConv model with its classifier, got {len(source)} other tensors')
-    model: Model = timm.create_model(name, num_classes=classes, in_chans=in_chans)
-    model.load_state_dict(checkpoint_filter_fn(source, model))
+    model: Model = network_of(name, source, decided)
     model.pretrained_cfg.update(tag=tag, input_size=(model.in_chans, *model.pretrained_cfg['input_size'][1:]))
     return model.eval()
 
@@ -231,7 +224,9 @@ def write(folder: Path, model: Model, expected: List[Tuple[torch.Tensor, torch.T
     # timm 1.0.31 writes it here, too; transformers passes it and `model_args`, and Python refuses it twice.
     config['model_args'].pop('num_classes', None)
     (folder / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
-    read = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    # Not by 'local-dir:', which reads .safetensors since timm 1.0.26 only.
+    read = timm.create_model(config['architecture'], num_classes=config['num_classes'], **config['model_args']).eval()
+    read.load_state_dict(load_file(folder / 'model.safetensors'))
     with torch.inference_mode():
         differences = [(read(x) - logits).abs().max() / logits.abs().max() for x, logits in expected]
     found = torch.stack(differences).max().item()  # NaN if one is
