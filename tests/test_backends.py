@@ -22,8 +22,9 @@ MOBILE51 = [(64, 56, 51), (128, 28, 49), (256, 14, 47), (320, 7, 13)]
 
 @pytest.fixture(autouse=True)
 def rates(monkeypatch):
-    """The fixed rates: nothing is measured, whatever else the machine does."""
-    monkeypatch.setattr(costs, 'rates', lambda: costs.fixed(1))
+    """The rates of one thread."""
+    found = costs.kind().one_thread
+    monkeypatch.setattr(costs, 'rates', lambda: found)
 
 
 @pytest.fixture
@@ -231,7 +232,7 @@ def test_the_page(small, capsys):
     assert not err
     machine, rates = out.splitlines()[:2]
     assert f'torch {torch.__version__}' in machine and f'{torch.get_num_threads()} threads' in machine
-    assert f'wide {costs.fixed(1).wide:.3g}' in rates
+    assert f'wide {costs.kind().one_thread.wide:.3g}' in rates
     assert lines_of(out, '^smpconv_tiny') == [
         f'smpconv_tiny, 64×64, batch {b}, contiguous, float32, cpu' for b in (1, 2)]
     assert len(lines_of(out, r'\*')) == 1 + 2 * 3 * 7  # of 4 stages; in the last both kernels are 5×5

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_smpconv import RepSMPConv2d, prepack
 from timm_smpconv.layers import ConvNorm
 from timm_smpconv.merged import MergedConv2d
-from timm_smpconv.ops import conv2d_in_steps, costs, cpu, fused, fused_conv2d, private, use_backend
+from timm_smpconv.ops import conv2d_in_steps, cpu, fused, fused_conv2d, private, use_backend
 
 BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
     torch.bfloat16 not in private.onednn_dtypes(), reason='oneDNN computes bfloat16 on CPUs with AVX-512 only'))
@@ -52,12 +52,8 @@ def exact(x, weight, bias, rest, activation='none', residual=None):
 
 @pytest.fixture(autouse=True)
 def enabled(monkeypatch):
-    """One pass is on by default on CPUs with AVX-512 and AVX2 only, and right on all that oneDNN supports.
-
-    It is expected to be the fastest by the usual rates, not by those that a busy machine may measure.
-    """
+    """One pass is on by default on CPUs with AVX-512 and AVX2 only, and right on all that oneDNN supports."""
     monkeypatch.setattr(cpu, 'HERE', cpu.CPU('AVX512', private.onednn_dtypes()))
-    monkeypatch.setattr(costs, 'rates', lambda: costs.fixed(torch.get_num_threads()))
 
 
 @pytest.fixture

@@ -397,9 +397,7 @@ def _processor() -> str:
 
 def rates() -> str:
     """One line on the rates that the expected times come from."""
-    found = costs.rates()
-    source = 'as fitted' if found == costs.fixed(torch.get_num_threads()) else 'corrected by a measurement'
-    return f'ns for a unit of work, {source}: ' + ', '.join(f'{n} {v:.3g}' for n, v in found._asdict().items())
+    return 'ns for a unit of work: ' + ', '.join(f'{n} {v:.3g}' for n, v in costs.rates()._asdict().items())
 
 
 def page(

@@ -2,31 +2,23 @@
 
 Shapes: B batch, C channels, H and W height and width, K and L height and width of the kernel, after cropping.
 
-The counts and the fixed factors were fitted to 1,872 cases (`python -m benchmarks.cpu choice`) on 2 cores with AVX-512
-and with AVX2, on one thread and on two. Rates are those of that CPU, corrected by a measurement where this one differs.
+The counts, factors and rates were fitted to 1,872 cases (`python -m benchmarks.cpu choice`) on 2 cores with AVX-512 and
+with AVX2, on one thread and on two. Only the ratios of rates matter to a choice. On an Intel Xeon with AMX, which is not
+among those CPUs, rates measured 0.75 to 1.7 times the fitted ones.
 """
-import logging
 import math
-import os
-import statistics
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, List, NamedTuple
+from typing import Dict, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from . import cpu
-from .backends import fft, native
+from .backends import fft
 
-__all__ = ['Case', 'Kind', 'Rates', 'expected', 'fixed', 'rates']
-
-_logger = logging.getLogger(__name__)
+__all__ = ['Case', 'Kind', 'Rates', 'expected', 'rates']
 
 
 class Rates(NamedTuple):
-    """Nanoseconds of one unit of work in float32, with a number of threads; in use, to a common factor."""
+    """Nanoseconds of one unit of work in float32, with a number of threads; only their ratios matter."""
     wide: float  # a multiplication of a wide depthwise kernel in channels_last
     narrow: float  # of a 5×5 kernel in channels_last
     corr: float  # of a 5×5 kernel's gradient in channels_last
@@ -60,10 +52,6 @@ KINDS = {
     'DEFAULT': _AVX2._replace(widest=7, lanes=4),  # not measured
 }
 
-_SECONDS = 0.05  # after which a measurement ends
-_measured: Dict[int, Rates] = {}
-_lock = threading.Lock()
-
 
 def kind() -> Kind:
     """What is known of this CPU."""
@@ -84,118 +72,10 @@ class Case(NamedTuple):
     l: int
 
 
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, 'register_at_fork'):  # another thread of the parent may have been measuring
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
 @torch.compiler.assume_constant_result
 def rates() -> Rates:
-    """The rates of this CPU, relative to each other, for the number of threads in use.
-
-    Measured at the first call, in 20 to 60 ms.
-
-    `fixed(threads)` where deterministic algorithms are asked for, and on a machine too busy to measure.
-    """
-    threads = torch.get_num_threads()
-    if torch.are_deterministic_algorithms_enabled():
-        return fixed(threads)
-    with _lock:
-        if threads not in _measured:
-            start = time.perf_counter()
-            try:
-                # A thread of its own has no autocast, no dispatch mode, no transform and no recorded graph.
-                with ThreadPoolExecutor(1) as pool:
-                    found = pool.submit(_measure, threads).result()
-            except RuntimeError as error:  # no memory or no thread, as when the interpreter shuts down
-                _logger.debug('nothing was measured for %d threads: %s', threads, error)
-                return _measured.setdefault(threads, fixed(threads))
-            _measured[threads] = _settled(found, fixed(threads))
-            _logger.debug(
-                'measured in %.0f ms for %d threads: %s, used: %s', 1e3 * (time.perf_counter() - start), threads, found,
-                _measured[threads])
-        return _measured[threads]
-
-
-def fixed(threads: int) -> Rates:
-    """The rates of the CPUs that the fit is of."""
-    return kind().two_threads if threads > 1 else kind().one_thread
-
-
-def _settled(found: Rates, usual: Rates) -> Rates:
-    """The usual rates times powers of four, as the measured ones are to each other: a choice compares only.
-
-    So a rate is corrected where it is off by more than 2. Measurements of one machine differ by up to 1.7 from process
-    to process, which must not decide: a training that is resumed would not go on with the same losses.
-
-    Or the usual ones if work of one kind takes about as many times that of another as on no machine but a busy one.
-    """
-    times = [measured / rate for measured, rate in zip(found, usual)]
-    if not (min(times) > 0 and max(times) < 6 * min(times) and max(times) < 10):
-        return usual
-    middle = statistics.median(times)
-    return Rates(*(rate * 4. ** round(math.log(ratio / middle, 4)) for rate, ratio in zip(usual, times)))
-
-
-def _measure(threads: int) -> Rates:
-    usual = torch.get_num_threads()  # of new threads, which `set_num_threads` changes too
-    torch.set_num_threads(threads)
-    try:
-        return _time_probes()
-    finally:
-        torch.set_num_threads(usual)
-
-
-def _time_probes() -> Rates:
-    # When this is freed, glibc raises its limits, as in a process that has computed with large tensors: it no longer
-    # returns the memory of smaller ones to the system.
-    torch.empty(30 * 2 ** 20, dtype=torch.uint8, device='cpu')
-    wide = Case('output', True, True, 4, 1, 64, 28, 28, 29, 29)
-    narrow = wide._replace(b=4, k=5, l=5)
-    corr = narrow._replace(b=2, what='weight gradient')
-    with torch.inference_mode():
-        def image(case: Case) -> torch.Tensor:
-            return torch.ones(case.b, case.c, case.h, case.w, dtype=torch.float32, device='cpu').contiguous(
-                memory_format=torch.channels_last)
-
-        def kernel(case: Case) -> torch.Tensor:
-            return torch.ones(case.c, 1, case.k, case.l, dtype=torch.float32, device='cpu')
-
-        large, some, few = image(wide), image(narrow), image(corr)
-        planes, dense = large.contiguous(), torch.ones(32, 32, 7, 7, dtype=torch.float32, device='cpu')
-        wide_kernel, narrow_kernel = kernel(wide), kernel(narrow)
-        square = torch.ones(1, 32, 28, 28, dtype=torch.float32, device='cpu')
-        runs: List[Callable[[], object]] = [
-            lambda: native.conv(large, wide_kernel),
-            lambda: native.conv(some, narrow_kernel),
-            lambda: native.corr(few, few, 5, 5),
-            lambda: fft.conv(planes, wide_kernel),
-            some.contiguous,
-            lambda: F.conv2d(square, dense, padding=3),
-        ]
-        best = [math.inf] * len(runs)
-        end = time.perf_counter() + _SECONDS
-        for turn in range(8):  # the first are to warm up; they take turns, and the fastest counts
-            if turn > 2 and time.perf_counter() > end:
-                break
-            for i, run in enumerate(runs):
-                start = time.perf_counter()
-                run()
-                best[i] = min(best[i], 1e9 * (time.perf_counter() - start))
-    # The inverse of what `expected` says of these cases. In the fit, transforms were cheaper beside wide kernels than
-    # these small computations are, and narrow kernels dearer.
-    return Rates(
-        wide=max(best[0] - _CALL, best[0] / 2) / _multiplications(wide),
-        narrow=1.25 * max(best[1] - _CALL, best[1] / 2) / _multiplications(narrow),
-        corr=max(best[2] - _CORR_CALL, best[2] / 2) / _products(corr),
-        transform=0.67 * max(best[3] - _FFT_CALL, best[3] / 2) / (_units(wide) * (2 * wide.b + 1.2) * wide.c),
-        copy=best[4] / some.numel(),
-        dense=best[5] / (square.numel() * dense[:, 0].numel()),
-    )
+    """The rates for the number of threads in use."""
+    return kind().two_threads if torch.get_num_threads() > 1 else kind().one_thread
 
 
 # Of a call, nanoseconds.
