@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from .ops import (
     ACTIVATIONS,
-    PackedKernel,
-    PackedWeight,
+    Kept,
     causal_conv1d,
     conv2d_in_steps,
     fused_conv2d,
     large_conv2d,
-    measure,
+    measure_dense,
+    measure_fused,
 )
 
 __all__ = [
@@ -143,7 +143,7 @@ class MergedConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype)
         self.activation = activation
-        self.packed = cast(Optional[PackedWeight], None)  # TorchScript warns of an annotation here
+        self.kept = cast(Optional[Kept], None)  # TorchScript warns of an annotation here
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's convolutions."""
@@ -156,7 +156,13 @@ class MergedConv2d(nn.Conv2d):
                 residual)
         return fused_conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.activation,
-            residual, self.packed)
+            residual, self.kept)
+
+    def measure(self, x: torch.Tensor, residual: Optional[torch.Tensor] = None) -> None:
+        """Let `kept` hold the fastest way to compute such inputs."""
+        measure_fused(
+            cast(Kept, self.kept), x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
+            self.activation, residual)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, activation={self.activation}'
@@ -179,7 +185,7 @@ class MergedLargeConv2d(nn.Conv2d):
     ):
         super().__init__(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype)
         self.padding = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
-        self.packed = cast(Optional[PackedKernel], None)
+        self.kept = cast(Optional[Kept], None)
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's small convolutions."""
@@ -188,7 +194,11 @@ class MergedLargeConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return large_conv2d(x, self.weight, self.bias)
-        return large_conv2d(x, self.weight, self.bias, packed=self.packed)
+        return large_conv2d(x, self.weight, self.bias, kept=self.kept)
+
+    def measure(self, x: torch.Tensor) -> None:
+        """Let `kept` hold the fastest way to compute such inputs."""
+        measure_dense(cast(Kept, self.kept), x, self.weight, self.bias)
 
 
 def conv1d(
@@ -199,7 +209,7 @@ def conv1d(
         padding: int = 0,
         groups: int = 1,
         causal: bool = False,
-        packed: Optional[Any] = None,  # TorchScript cannot read `PackedKernel`
+        kept: Optional[Any] = None,  # TorchScript cannot read `Kept`
 ) -> torch.Tensor:
     """`F.conv1d`, by `causal_conv1d` where it keeps the length.
 
@@ -211,7 +221,7 @@ def conv1d(
         padding: Of `F.conv1d`; ignored if `causal`.
         groups: Of `F.conv1d`.
         causal: Pad K - 1 zeros in front, and none behind.
-        packed: See `causal_conv1d`.
+        kept: See `causal_conv1d`.
 
     Returns:
         (B, O, L').
@@ -223,8 +233,8 @@ def conv1d(
             x, padding = F.pad(x, [k - 1, 0]), 0
         return F.conv1d(x, weight, bias, [stride], [padding], groups=groups)
     if causal:
-        return causal_conv1d(x, weight, bias, groups, packed=packed)
-    return causal_conv1d(F.pad(x, [0, k // 2]), weight, bias, groups, packed=packed)[..., k // 2:].contiguous()
+        return causal_conv1d(x, weight, bias, groups, kept=kept)
+    return causal_conv1d(F.pad(x, [0, k // 2]), weight, bias, groups, kept=kept)[..., k // 2:].contiguous()
 
 
 class MergedConv1d(nn.Conv1d):
@@ -251,7 +261,7 @@ class MergedConv1d(nn.Conv1d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, 1, groups, bias, device=device, dtype=dtype)
         self.causal = causal
-        self.packed = cast(Optional[PackedKernel], None)
+        self.kept = cast(Optional[Kept], None)
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's small convolutions."""
@@ -262,7 +272,14 @@ class MergedConv1d(nn.Conv1d):
             return conv1d(
                 x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal)
         return conv1d(
-            x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal, self.packed)
+            x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal, self.kept)
+
+    def measure(self, x: torch.Tensor) -> None:
+        """Let `kept` hold the fastest way to compute such inputs."""
+        k, padding = self.kernel_size[0], self.padding[0]
+        if self.stride[0] == 1 and (self.causal or (padding == k // 2 and k % 2 == 1)):  # as in `conv1d`
+            x = x if self.causal else F.pad(x, [0, k // 2])
+            measure_dense(cast(Kept, self.kept), x, self.weight, self.bias, self.groups)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, causal={self.causal}'
@@ -357,8 +374,8 @@ def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Modul
         raise ValueError('model must be in evaluation mode to be measured with images: call eval() first')
     model.requires_grad_(False)
     for module in merged:
-        if module.packed is None or images is None:
-            module.packed = PackedWeight() if isinstance(module, MergedConv2d) else PackedKernel()
+        if module.kept is None or images is None:
+            module.kept = Kept()
     if images is not None:
         with torch.no_grad():
             hooks = [module.register_forward_pre_hook(_measure, with_kwargs=True) for module in merged]
@@ -367,18 +384,9 @@ def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Modul
             finally:
                 for hook in hooks:
                     hook.remove()
-                for module in merged:
-                    if isinstance(module.packed, PackedKernel):
-                        module.packed.is_measuring = False
     return model
 
 
 def _measure(module: Any, args: Tuple[torch.Tensor, ...], kwargs: Dict[str, torch.Tensor]) -> None:
     """A forward pre-hook: time the ways to compute this convolution, and remember the fastest."""
-    if isinstance(module, MergedConv2d):
-        inputs = dict(zip(('x', 'residual'), args), **kwargs)
-        measure(
-            cast(PackedWeight, module.packed), inputs['x'], module.weight, module.bias, module.stride, module.padding,
-            module.dilation, module.groups, module.activation, inputs.get('residual'))
-    else:
-        module.packed.is_measuring = True
+    module.measure(*args, **kwargs)
