@@ -88,7 +88,7 @@ def growth(args):
     """51×51 on 56×56 against 31×31, 96 channels, by the backends taken: output and both gradients."""
     ratios = {}
     for batch, last, what in product(args.batch, (False, True), backend_report.PASSES):
-        pair = {k: backend_report.Case(what, batch, 96, 56, 56, k, k, last) for k in (31, 51)}
+        pair = {k: backend_report.Geometry(what, batch, 96, 56, 56, k, k, last) for k in (31, 51)}
         runs = {k: partial(backend_report.run, case, *backend_report.inputs(case)) for k, case in pair.items()}
         with torch.inference_mode():
             times = paired(runs, args.rounds)

@@ -19,7 +19,8 @@ from benchmarks.saving import add_option, saving
 from benchmarks.timing import agree, machine, paired
 from timm_smpconv import prepack
 from timm_smpconv.layers.merged import MergedConv2d
-from timm_smpconv.ops import cpu, use_backend
+from timm_smpconv.ops import use_backend
+from timm_smpconv.ops.dispatch import cpu
 
 DTYPES = {torch.float32: 'f32', torch.bfloat16: 'bf16'}
 
@@ -44,7 +45,7 @@ def engines(merged, batch, folder):
             'eager': model, 'prepacked': prepack(deepcopy(model)), 'prepacked with images': prepack(deepcopy(model), x),
             'compiled': torch.compile(deepcopy(model))}
         convolutions[dtype] = sum(
-            m.packed.milliseconds for m in networks['prepacked with images'].modules() if isinstance(m, MergedConv2d))
+            m.kept.milliseconds for m in networks['prepacked with images'].modules() if isinstance(m, MergedConv2d))
         if dtype == torch.float32:
             for layout in (torch.contiguous_format, torch.channels_last):
                 networks[f'convnext_tiny, {str(layout)[6:].removesuffix("_format")},'] = timm.create_model(

@@ -15,7 +15,7 @@ from timm.utils import reparameterize_model
 import timm_smpconv  # noqa: F401 (registers the models)
 from benchmarks.timing import agree
 from timm_smpconv.ops import BACKENDS, depthwise_conv2d, use_backend
-from timm_smpconv.ops.backends import RACED
+from timm_smpconv.ops.dispatch.geometry import PASSES
 
 SHAPES = {  # (C, H, K): of the design, and of mobile51's stages
     'A': (128, 56, 31), 'B': (256, 28, 29), 'C': (512, 14, 27), 'D': (1024, 7, 13), 'E': (124, 56, 51),
@@ -27,8 +27,6 @@ DTYPES = {  # and whether PyTorch computes products of float32 in tf32
 TOLERANCE = {'float32': 1e-5, 'tf32': 4e-3, 'bfloat16': 2e-2, 'float16': 4e-3}
 BYTES_PER_MS = 4.3e9  # of an H200, as below
 FLOP_PER_MS = {'float32': 6.0e10, 'tf32': 3.9e11, 'bfloat16': 7.9e11, 'float16': 7.9e11}
-ONLY_RACED = {name: backend for name, backend in RACED.items() if name not in BACKENDS}
-PASSES = ('output', 'input gradient', 'weight gradient')
 
 
 def milliseconds(run, rep=200):
@@ -40,21 +38,21 @@ def milliseconds(run, rep=200):
 def toeplitz(x, weight):
     """The convolution as one dense product per channel, its matrix built each time."""
     h, w = x.shape[2:]
-    k, l = weight.shape[2:]
+    kh, kw = weight.shape[2:]
     rows = torch.arange(h, device=x.device)
     columns = torch.arange(w, device=x.device)
-    dy = rows[:, None] - rows + k // 2  # (input, output)
-    dx = columns[:, None] - columns + l // 2
-    inside = ((dy >= 0) & (dy < k))[:, None, :, None] & ((dx >= 0) & (dx < l))[None, :, None, :]
-    taps = weight[:, 0, dy.clamp(0, k - 1)[:, None, :, None], dx.clamp(0, l - 1)[None, :, None, :]]  # (C, H, W, H, W)
+    dy = rows[:, None] - rows + kh // 2  # (input, output)
+    dx = columns[:, None] - columns + kw // 2
+    inside = ((dy >= 0) & (dy < kh))[:, None, :, None] & ((dx >= 0) & (dx < kw))[None, :, None, :]
+    taps = weight[:, 0, dy.clamp(0, kh - 1)[:, None, :, None], dx.clamp(0, kw - 1)[None, :, None, :]]  # (C, H, W, H, W)
     matrix = (taps * inside).flatten(3, 4).flatten(1, 2)
     return torch.bmm(x.movedim(1, 0).flatten(2), matrix).unflatten(2, (h, w)).movedim(0, 1)
 
 
 def ways(x):
-    """What is raced for x: name → function of x and weight, and the memory format of x."""
+    """What is compared for x: name → function of x and weight, and the memory format of x."""
     found = {}
-    for name in ('triton', *ONLY_RACED, 'fft'):
+    for name in ('triton', 'fft'):
         if BACKENDS[name].unsupported(x) is None:
             found[name] = forced(name), torch.contiguous_format
     found['native'] = forced('native'), torch.contiguous_format
@@ -164,7 +162,6 @@ def main():
     if not torch.cuda.is_available():
         parser.error('there is no GPU')
     args.device = 'cuda'
-    BACKENDS.update(ONLY_RACED)
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}, timm {timm.__version__}, '
           f'Python {platform.python_version()}')
     for section in args.sections or SECTIONS:

@@ -1,9 +1,9 @@
 """What the compiler makes of the Triton programs: `python -m benchmarks.triton_report`. Needs no GPU.
 
-The launchers of `triton_programs` run on tensors without memory, and every program they would launch is compiled for
-the given compute capability, specialised as that launch would be. Registers, spills and the stack frame are what
-Triton's `ptxas` says of the PTX; matrix instructions are counted in the PTX. A configuration that does not fit into
-shared memory would fail at its launch.
+The launchers of `backends/triton/programs.py` run on tensors without memory, and every program they would launch is
+compiled for the given compute capability, specialised as that launch would be. Registers, spills and the stack frame
+are what Triton's `ptxas` says of the PTX; matrix instructions are counted in the PTX. A configuration that does not fit
+into shared memory would fail at its launch.
 """
 import argparse
 import collections
@@ -24,7 +24,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu import DTYPES, SHAPES
-from timm_smpconv.ops.backends import triton as triton_backend, triton_tiles
+from timm_smpconv.ops import BACKENDS
+from timm_smpconv.ops.backends.triton import tiles
 
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB of one block, by compute capability
 PRODUCT = re.compile(
@@ -103,18 +104,20 @@ def matrix_instructions(ptx: str) -> str:
     return ', '.join(f'{kind} × {count}' for kind, count in sorted(found.items()))
 
 
-def launched(backend, capability: int, name: str, dtype: str) -> List[Launch]:
-    """What `conv` and `corr` of a backend launch for one of the shapes, at batch 128."""
+def launched(capability: int, name: str, dtype: str) -> List[Launch]:
+    """What the convolution and its weight gradient launch for one of the shapes, at batch 128."""
     c, h, k = SHAPES[name]
     dtype, tf32 = DTYPES[dtype]
     x = torch.empty(BATCH, c, h, h, dtype=dtype, device='meta')
     weight, bias = x.new_empty(c, 1, k, k), x.new_empty(c)
     limits = capability, SHARED[capability] * 1024
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    with mock.patch.object(triton_tiles, 'limits', return_value=limits):
+    with mock.patch.object(tiles, 'limits', return_value=limits):
+        backend = BACKENDS['triton']
         if backend.unsupported(x):
             return []
-        return compiled(capability, backend.conv, x, weight, bias) + compiled(capability, backend.corr, x, x, k, k)
+        return compiled(capability, backend.conv, x, weight, bias) + compiled(
+            capability, backend.weight_gradient, x, x, k, k)
 
 
 def faults(launch: Launch, capability: int) -> List[str]:
@@ -122,13 +125,13 @@ def faults(launch: Launch, capability: int) -> List[str]:
     return found + (['does not fit'] if launch.shared > SHARED[capability] * 1024 else [])
 
 
-def show(backend, capability: int, names: List[str], dtypes: List[str]) -> int:
+def show(capability: int, names: List[str], dtypes: List[str]) -> int:
     """Prints a table, equal lines as one. Returns the number of programs at fault."""
     lines: Dict[tuple, Dict[str, List[str]]] = {}
     wrong = 0
     for dtype in dtypes:
         for name in names:
-            for launch in launched(backend, capability, name, dtype):
+            for launch in launched(capability, name, dtype):
                 wrong += bool(faults(launch, capability))
                 cells = (
                     launch.program, launch.constants, launch.registers, f'{launch.stores} / {launch.loads}',
@@ -153,15 +156,12 @@ def main():
     parser.add_argument('--capability', type=int, nargs='+', default=list(SHARED), choices=list(SHARED))
     parser.add_argument('--dtype', nargs='+', default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument('--shape', nargs='+', default=list('ABCDE'), choices=list(SHAPES))
-    parser.add_argument('--variants', action='store_true', help='the variants that are raced, too')
     args = parser.parse_args()
     print(f'triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}, batch {BATCH}')
-    backends = {'triton': triton_backend, **(triton_backend.VARIANTS if args.variants else {})}
     wrong = 0
     for capability in args.capability:
-        for name, backend in backends.items():
-            print(f'\nCompute capability {capability / 10}, {SHARED[capability]} KiB: `{name}`\n')
-            wrong += show(backend, capability, args.shape, args.dtype)
+        print(f'\nCompute capability {capability / 10}, {SHARED[capability]} KiB\n')
+        wrong += show(capability, args.shape, args.dtype)
     print(f'\n{wrong} programs spill or do not fit')
     if wrong:
         raise SystemExit(1)

@@ -39,7 +39,8 @@ from huggingface_hub import constants, file_download
 from reference import in_authors_layout
 from timm.models import save_for_hf
 
-from timm_smpconv.ops import BACKENDS, costs, cpu
+from timm_smpconv.ops import BACKENDS
+from timm_smpconv.ops.dispatch import choose, costs, cpu
 
 IMAGENET_MODELS = ('smpconv_tiny', 'smpconv_base', 'smpconv_mobile31', 'smpconv_mobile51')
 SEQUENCE_MODELS = tuple(f'smpconv_tcn_{task}' for task in ('smnist', 'pmnist', 'scifar10', 'ct', 'sc', 'scraw'))
@@ -218,8 +219,11 @@ def fastest(monkeypatch):
     """A function that makes the cost model expect one backend to be the fastest everywhere, and 'native' the next."""
     def fastest(name):
         times = {'native': 2., 'contiguous': 3., 'channels_last': 4., 'fft': 5., name: 1.}
-        monkeypatch.setattr(costs, 'expected', lambda case, is_transformed=False: dict(times))
-    return fastest
+        monkeypatch.setattr(costs, 'expected', lambda g, is_transformed=False: dict(times))
+        choose.forget()
+
+    yield fastest
+    choose.forget()
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_prepacked_layers_follow_their_weights_and_pickle(make):
             x = torch.randn(*shape[:2], *(s - 2 * n for s in shape[2:]))
             assert difference(merged(x), expected(x)) < TOLERANCE[torch.float32]
             assert difference(pickle.loads(pickle.dumps(merged))(x), expected(x)) < TOLERANCE[torch.float32]
-            assert merged.packed._kept is not None
+            assert merged.kept._derived is not None
             for conv in (merged, expected):
                 conv.weight.mul_(-1.5)
 

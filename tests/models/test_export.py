@@ -59,7 +59,7 @@ def test_torch_export_holds_standard_operators_in_every_mode(
         family, which, strict, grad, training, fastest, monkeypatch):
     """ExecuTorch, among others, knows no operator of this package; strict export goes through the compiler."""
     fastest('fft')  # where there is a choice, it is the operator
-    monkeypatch.setattr(dense, 'prefers_transform', lambda *args: True)
+    monkeypatch.setattr(dense, 'choose_over_channels', lambda *args: 'fft')
     make, shape = FAMILIES[family]
     model = make().eval()
     if which == 'merged':

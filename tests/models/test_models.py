@@ -352,7 +352,8 @@ def test_layers_computed_again_use_the_backend_of_the_forward_pass(requested, im
 
     for name, backend in list(BACKENDS.items()):
         monkeypatch.setitem(BACKENDS, name, backend._replace(**{
-            part: recording((name, part), getattr(backend, part)) for part in ('conv', 'input_gradient', 'corr')}))
+            part: recording((name, part), getattr(backend, part))
+            for part in ('conv', 'input_gradient', 'weight_gradient')}))
     monkeypatch.setattr(fft, 'gradients', recording(('fft', 'gradients'), fft.gradients))
     model = small_model()
     model.set_grad_checkpointing()
@@ -362,7 +363,7 @@ def test_layers_computed_again_use_the_backend_of_the_forward_pass(requested, im
     thread.start()
     thread.join()
     # The stem's convolution; the large and small one of five blocks, again; the gradients of all.
-    gradients = ['gradients'] if requested == 'fft' else ['input_gradient', 'corr']
+    gradients = ['gradients'] if requested == 'fft' else ['input_gradient', 'weight_gradient']
     assert Counter(calls) == {(requested, 'conv'): 1 + 5 * 2 * 2} | {(requested, g): 1 + 5 * 2 for g in gradients}
 
 

@@ -149,7 +149,7 @@ def test_merging(name, model, x):
         for _ in range(2):  # the second time from the kept transforms
             assert difference(packed(x), expected) < TOLERANCE[torch.float32]
         convs = [m for m in packed.modules() if isinstance(m, (MergedConv1d, MergedLargeConv2d))]
-        assert all(m.packed._kept is not None for m in convs) and len(convs) > 2
+        assert all(m.kept._derived is not None for m in convs) and len(convs) > 2
 
 
 def test_merged_heads_and_classifiers_mean_the_same(model, x):

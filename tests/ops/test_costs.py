@@ -1,49 +1,25 @@
-"""The expected costs of the CPU's backends, by which one is chosen: how rates are measured, and what follows from them.
+"""The expected costs of the CPU's backends, by which one is chosen.
 
 The oracle of the choices is what was measured on two kinds of machine, see `benchmarks/results.md`.
 """
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, deterministic, difference
+from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_smpconv import depthwise_conv2d
-from timm_smpconv.ops import choice, costs, cpu
-from timm_smpconv.ops.choice import PASSES, choose
+from timm_smpconv.ops.dispatch import costs, cpu
+from timm_smpconv.ops.dispatch.choose import choose as choose_for
+from timm_smpconv.ops.dispatch.geometry import PASSES, Geometry
 
 MACHINES = {
     name: cpu.CPU(capability, frozenset([torch.float32]))
     for name, capability in (('AVX-512', 'AVX512'), ('AVX2', 'AVX2'), ('neither', 'DEFAULT'))}
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """A function that makes this CPU one of `MACHINES`, of one thread, with oneDNN."""
-    def on(name):
-        monkeypatch.setattr(cpu, 'HERE', MACHINES[name])
-        monkeypatch.setattr(costs, 'rates', lambda: costs.fixed(1))
-    return on
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """Nothing measured yet, and the numbers of threads for which something was measured, in order."""
-    found, measure = [], costs._measure
-
-    def recording(threads):
-        found.append(threads)
-        return measure(threads)
-
-    monkeypatch.setattr(costs, '_measured', {})
-    monkeypatch.setattr(costs, '_measure', recording)
-    return found
 
 
 @contextmanager
@@ -56,176 +32,50 @@ def threads(number):
         torch.set_num_threads(before)
 
 
+@pytest.fixture
+def on(monkeypatch):
+    """A function that makes this CPU one of `MACHINES`, of one thread, with oneDNN."""
+    def on(name):
+        monkeypatch.setattr(cpu, 'HERE', MACHINES[name])
+
+    with threads(1):
+        yield on
+
+
 def image(b, c, h, w=None, layout='contiguous', dtype=torch.float32):
     return LAYOUTS[layout](torch.empty(b, c, h, w or h, dtype=dtype))
 
 
-def case(what='output', b=2, c=32, h=28, k=21, channels_last=False, itemsize=4, onednn=True):
-    return costs.Case(what, onednn, channels_last, itemsize, b, c, h, h, k, k)
+def choose(what, x, kh, kw, **kwargs):
+    return choose_for(Geometry.of(what, x, kh, kw), **kwargs)
 
 
-# How rates are measured
+def case(what='output', b=2, c=32, h=28, k=21, channels_last=False):
+    return Geometry(what, b, c, h, h, k, k, channels_last)
 
 
-def test_rates_are_measured_once_for_each_number_of_threads(measured):
+def test_rates_are_those_of_the_number_of_threads(on):
+    on('AVX2')
     with threads(1):
-        one = costs.rates()
-        assert costs.rates() is one
-        choose('output', image(2, 8, 14), 9, 9)
-        assert measured == [1]
+        assert costs.rates() == costs.KINDS['AVX2'].one_thread
     with threads(2):
-        two = costs.rates()
-        assert costs.rates() is two
-        assert torch.get_num_threads() == 2
-    with threads(1):
-        assert costs.rates() is one
-        assert torch.get_num_threads() == 1
-    assert measured == [1, 2]
+        assert costs.rates() == costs.KINDS['AVX2'].two_threads
 
 
-def test_measured_rates_are_positive_times(measured):
-    found = costs._measure(torch.get_num_threads())
-    assert all(1e-4 < rate < 1e4 for rate in found)  # nanoseconds; a hundredth and a million times what CPUs need
-
-
-def test_threads_that_ask_at_once_measure_once(monkeypatch):
-    started, go, calls = threading.Event(), threading.Event(), []
-
-    def measure(number):
-        calls.append(number)
-        started.set()
-        assert go.wait(20)
-        return usual()._replace(wide=4 * usual().wide)
-
-    monkeypatch.setattr(costs, '_measured', {})
-    monkeypatch.setattr(costs, '_measure', measure)
-    with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(costs.rates) for _ in range(4)]
-        assert started.wait(20)
-        go.set()
-        found = {future.result() for future in asked}
-    assert calls == [torch.get_num_threads()]
-    assert found == {usual()._replace(wide=4 * usual().wide)}
-
-
-def test_each_thread_has_the_rates_of_its_own_number_of_threads(monkeypatch):
-    monkeypatch.setattr(costs, '_measured', {})
-    monkeypatch.setattr(
-        costs, '_measure', lambda number: costs.fixed(number)._replace(wide=4 * costs.fixed(number).wide))
-
-    def ask(number):
-        with threads(number):
-            return costs.rates()
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(ask, 2).result() == costs.fixed(2)._replace(wide=4 * costs.fixed(2).wide)
-    assert ask(1) == costs.fixed(1)._replace(wide=4 * costs.fixed(1).wide)
-
-
-def test_the_number_of_new_threads_is_as_before(measured):
-    """`set_num_threads` is of the calling thread and of all that start later."""
-    with threads(2), ThreadPoolExecutor(1) as pool:
-        pool.submit(torch.set_num_threads, 1).result()
-        costs.rates()
-        assert torch.get_num_threads() == 2
-        with ThreadPoolExecutor(1) as later:
-            assert later.submit(torch.get_num_threads).result() == 1
-    assert measured == [2]
-
-
-def usual():
-    """The rates that nothing was measured for."""
-    return costs.fixed(torch.get_num_threads())
-
-
-SCALED = [
-    (dict.fromkeys(costs.Rates._fields, 1), True),
-    ({'transform': 4}, True),
-    ({'transform': 7}, False),
-    ({'wide': 0.1}, False),
-    ({'copy': 50}, False),
-    (dict.fromkeys(costs.Rates._fields, 11), False),  # nobody's: the machine is busy
-    ({'corr': float('inf')}, False),
-    ({'dense': 0}, False),
-    ({'dense': -1}, False),
-]
-
-
-@pytest.mark.parametrize('scale,is_taken', SCALED)
-def test_implausible_measurements_are_not_taken(scale, is_taken, monkeypatch):
-    found = usual()._replace(**{name: factor * getattr(usual(), name) for name, factor in scale.items()})
-    monkeypatch.setattr(costs, '_measured', {})
-    monkeypatch.setattr(costs, '_measure', lambda number: found)
-    assert costs.rates() == (found if is_taken else usual())
-    assert costs.rates() == (found if is_taken else usual())
-
-
-def test_two_measurements_of_one_machine_are_the_same(monkeypatch):
-    """They differ by up to 1.7, which must not decide: a training that is resumed would go on differently."""
-    found = []
-    for factor in (0.8, 1, 1.3):
-        monkeypatch.setattr(costs, '_measured', {})
-        rates = [f * rate for f, rate in zip((factor, 1.7, 4, 1, 1.2, 0.8), usual())]
-        monkeypatch.setattr(costs, '_measure', lambda number, rates=rates: costs.Rates(*(2 * r for r in rates)))
-        found.append(costs.rates())
-    assert found == [usual()._replace(corr=4 * usual().corr)] * 3
-
-
-def test_a_measurement_that_fails_is_not_repeated(monkeypatch):
-    calls = []
-
-    def measure(number):
-        calls.append(number)
-        raise RuntimeError('no memory')
-
-    monkeypatch.setattr(costs, '_measured', {})
-    monkeypatch.setattr(costs, '_measure', measure)
-    assert costs.rates() == costs.rates() == usual()
-    assert len(calls) == 1
-
-
-def test_without_a_thread_nothing_is_measured(measured, monkeypatch):
-    def start(self):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, 'start', start)
-    assert costs.rates() == usual()
-    assert not measured
-
-
-def test_deterministic_algorithms_measure_nothing(measured):
-    others = costs.Rates(*(3 * rate for rate in usual()))
-    with deterministic():
-        assert costs.rates() == usual()
-        costs._measured[torch.get_num_threads()] = others
-        assert costs.rates() == usual()
-        y = depthwise_conv2d(torch.randn(1, 4, 14, 14, requires_grad=True), torch.randn(4, 1, 13, 13))
-        y.sum().backward()
-    assert not measured
-    assert costs.rates() == others
-
-
-@pytest.mark.parametrize('k,l', [(1, 1), (3, 3), (1, 9), (31, 1), (1, 51), (9, 1)])
+@pytest.mark.parametrize('kh,kw', [(1, 1), (3, 3), (1, 9), (31, 1), (1, 51), (9, 1)])
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
-def test_small_kernels_measure_nothing(k, l, layout, measured):
-    x, weight = torch.randn(2, 4, 40, 60), torch.randn(4, 1, k, l)
-    x = LAYOUTS[layout](x).requires_grad_()
-    with torch.no_grad():
-        depthwise_conv2d(x, weight)
-    depthwise_conv2d(x, weight.requires_grad_()).sum().backward()
+def test_small_kernels_are_native(kh, kw, layout):
     for what in PASSES:
-        assert choose(what, x, k, l) == 'native'
-    assert not measured
+        assert choose(what, image(2, 4, 40, 60, layout), kh, kw) == 'native'
 
 
-def test_a_kernel_that_is_cropped_to_a_small_one_measures_nothing(measured):
+def test_a_kernel_that_is_cropped_to_a_small_one_is_native():
     for h, w in ((1, 40), (40, 1), (2, 2)):
         for what in PASSES:
             assert choose(what, image(2, 3, h, w), 31, 31) == 'native'
-    assert not measured
 
 
-# Situations in which the first large kernel may be met: nothing of them may reach the measurement
+# Situations in which a backend is chosen
 
 
 def autocast():
@@ -253,31 +103,7 @@ CONTEXTS = {
     'meta': lambda: default(device='meta'),
     'float64': lambda: default(dtype=torch.float64),
     'device': lambda: torch.device('meta'),
-    'saved tensors': lambda: torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail),
-    'anomaly': lambda: torch.autograd.detect_anomaly(check_nan=False),
 }
-
-
-@pytest.mark.filterwarnings('ignore:Anomaly Detection has been enabled')
-@pytest.mark.parametrize('context', CONTEXTS)
-def test_the_measurement_sees_no_context(context, measured, monkeypatch):
-    seen, measure = [], costs._measure
-
-    def looking(number):
-        x = torch.ones(2)
-        seen.append((
-            type(x), x.device.type, x.dtype, torch.is_autocast_enabled('cpu'), torch.is_inference_mode_enabled(),
-            torch.is_grad_enabled(), torch._C._len_torch_dispatch_stack(),
-            torch._C._are_functorch_transforms_active()))
-        return measure(number)
-
-    monkeypatch.setattr(costs, '_measure', looking)
-    with CONTEXTS[context]():
-        costs.rates()
-    assert measured == [torch.get_num_threads()]
-    dtype = torch.float64 if context == 'float64' else torch.float32  # the default is the process's
-    assert seen == [(torch.Tensor, 'cpu', dtype, False, False, True, 0, False)]
-    assert all(rate > 0 for rate in costs._measured[torch.get_num_threads()])
 
 
 def plain(x, weight):
@@ -332,14 +158,12 @@ def in_autocast(f, x, weight):
 
 @pytest.mark.parametrize('call', [
     direct, in_inference_mode, vmapped, differentiated, trained, compiled, counted, on_meta_by_default, in_autocast])
-def test_the_first_large_kernel_may_come_anywhere(call, measured):
+def test_a_large_kernel_may_come_anywhere(call):
     x, weight = torch.randn(2, 4, 24, 20), torch.randn(4, 1, 17, 15) / 16
-    for _ in range(2):
-        y = call(depthwise_conv2d, x, weight)
-        dtype = torch.bfloat16 if call is in_autocast else torch.float32
-        wanted = (plain if call is compiled else partial(call, plain))(x.double(), weight.double())
-        assert difference(y, wanted) < 2 * TOLERANCE[dtype]
-    assert measured == [torch.get_num_threads()]
+    y = call(depthwise_conv2d, x, weight)
+    dtype = torch.bfloat16 if call is in_autocast else torch.float32
+    wanted = (plain if call is compiled else partial(call, plain))(x.double(), weight.double())
+    assert difference(y, wanted) < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize('context', ['autocast', 'fake', 'inference', 'meta', 'flops'])
@@ -351,33 +175,21 @@ def test_the_choice_is_the_same_everywhere(context, on):
         assert [choose(what, inside, 31, 31) for what in PASSES] == chosen
 
 
-def test_the_choice_is_the_same_all_the_time(measured):
-    shapes = [(b, c, h, k) for b in (1, 4) for c, h, k in ((96, 56, 31), (192, 28, 29), (384, 14, 27), (64, 28, 9))]
-
-    def chosen():
-        return [
-            choose(what, image(b, c, h, layout=layout), k, k)
-            for what in PASSES for b, c, h, k in shapes for layout in ('contiguous', 'channels_last')]
-
-    first = chosen()
-    assert all(chosen() == first for _ in range(3))
-    assert measured == [torch.get_num_threads()]
-
-
 # What follows from the rates
 
 
 @pytest.mark.parametrize('what', PASSES)
 @pytest.mark.parametrize('cheapest', CPU_BACKENDS)
-def test_the_cheapest_is_chosen(what, cheapest, monkeypatch):
+def test_the_cheapest_is_chosen(what, cheapest, fastest, monkeypatch):
+    fastest(cheapest)  # and nothing is remembered afterwards
     times = dict(zip(CPU_BACKENDS, (5, 4, 3, 2)))
     times[cheapest] = 1
     asked = []
     monkeypatch.setattr(
-        costs, 'expected', lambda case, is_transformed=False: asked.append((case, is_transformed)) or dict(times))
+        costs, 'expected', lambda g, is_transformed=False: asked.append((g, is_transformed)) or dict(times))
     x = image(2, 5, 9, 20, 'channels_last', torch.float64)
     assert choose(what, x, 51, 7, is_transformed=True) == cheapest
-    assert asked == [(costs.Case(what, False, True, 8, 2, 5, 9, 20, 17, 7), True)]  # 51 rows are cropped to 17
+    assert asked == [(Geometry(what, 2, 5, 9, 20, 17, 7, True, torch.float64), True)]  # 51 rows are cropped to 17
     assert choose(what, x, 51, 7, transform=False) == (cheapest if cheapest != 'fft' else 'channels_last')
     assert asked[1][1] is False
 
@@ -385,10 +197,12 @@ def test_the_cheapest_is_chosen(what, cheapest, monkeypatch):
 @pytest.mark.parametrize('machine', MACHINES)
 @pytest.mark.parametrize('what', PASSES)
 @pytest.mark.parametrize('onednn,channels_last', [(True, False), (True, True), (False, False), (False, True)])
-def test_costs_grow_with_the_work(machine, what, onednn, channels_last, on):
+def test_costs_grow_with_the_work(machine, what, onednn, channels_last, on, monkeypatch):
     on(machine)
+    if not onednn:
+        monkeypatch.setattr(cpu, 'HERE', cpu.HERE._replace(onednn=frozenset()))
     for c, h, k in ((32, 56, 31), (64, 28, 9), (64, 28, 29), (256, 14, 5), (512, 7, 13)):
-        base = case(what, 2, c, h, k, channels_last, onednn=onednn)
+        base = case(what, 2, c, h, k, channels_last)
         times = costs.expected(base)
         assert set(times) == set(CPU_BACKENDS)
         assert all(0 < time < 1e11 for time in times.values())
@@ -400,7 +214,7 @@ def test_costs_grow_with_the_work(machine, what, onednn, channels_last, on):
         assert all(1.5 * times[name] < larger[name] < 16 * times[name] for name in times if what != 'weight gradient')
         assert times['fft'] < larger['fft'] < 6 * times['fft']
         # Two rows and columns more. Beyond its own program's widest kernel oneDNN may even be faster.
-        wider = costs.expected(base._replace(k=k + 2, l=k + 2))
+        wider = costs.expected(base._replace(kh=k + 2, kw=k + 2))
         assert all(times[name] <= wider[name] for name in times) or k == costs.kind().widest
 
 
@@ -478,7 +292,8 @@ def test_the_choice_without_onednn(machine, without, on, monkeypatch):
 
 def test_half_precision_has_its_working_dtype(on, monkeypatch):
     on('AVX-512')
-    assert choice.case_of('output', image(1, 64, 28, dtype=torch.bfloat16), 9, 9).itemsize == 4  # oneDNN lacks it
+    g = case()._replace(dtype=torch.bfloat16)
+    assert g.cropped() == g._replace(dtype=torch.float32)  # oneDNN lacks it
     monkeypatch.setattr(cpu, 'HERE', cpu.HERE._replace(onednn=frozenset([torch.float32, torch.bfloat16])))
-    assert choice.case_of('output', image(1, 64, 28, dtype=torch.bfloat16), 9, 9) == costs.Case(
-        'output', True, False, 2, 1, 64, 28, 28, 9, 9)
+    assert g.cropped() == g
+    assert g._replace(c=8).cropped().dtype == torch.float32  # oneDNN would never return

@@ -91,7 +91,7 @@ def test_flop_counter(grad, chosen, fastest):
 def test_flops_of_transforms_are_those_of_the_direct_convolution(
         recorded, passes, function, shapes, arguments, monkeypatch):
     """And as many for each gradient."""
-    monkeypatch.setattr(dense, 'prefers_transform', lambda *args: True)
+    monkeypatch.setattr(dense, 'choose_over_channels', lambda *args: 'fft')
     x, weight = (torch.randn(shape) for shape in shapes)
     for i in recorded:
         (x, weight)[i].requires_grad_()

@@ -10,9 +10,10 @@ from conftest import LAYOUTS, TOLERANCE, difference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from timm_smpconv.ops import PackedKernel, causal_conv1d, large_conv2d, spectra, use_backend
-from timm_smpconv.ops.choice import prefers_transform
-from timm_smpconv.ops.dense_derivatives import conv_op, corr_op
+from timm_smpconv.ops import Kept, causal_conv1d, large_conv2d, use_backend
+from timm_smpconv.ops.autograd.dense import conv_op, weight_gradient_op
+from timm_smpconv.ops.backends import spectra
+from timm_smpconv.ops.dispatch.choose import choose_over_channels
 
 SEQUENCES = [  # (B, I, O, L, K, groups)
     (2, 3, 4, 20, 20, 1),
@@ -267,7 +268,7 @@ def test_opcheck(family, case):
     grad = torch.randn(x.shape[0], weight.shape[0], *x.shape[2:], requires_grad=True)
     torch.library.opcheck(conv_op, (x, weight, before, groups, False))
     torch.library.opcheck(conv_op, (grad, weight, before, groups, True))
-    torch.library.opcheck(corr_op, (grad, x, list(weight.shape[2:]), before, groups))
+    torch.library.opcheck(weight_gradient_op, (grad, x, list(weight.shape[2:]), before, groups))
 
 
 class Net(torch.nn.Module):
@@ -276,10 +277,10 @@ class Net(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.randn(4, 3, 300) / 30)
         self.image_weight = torch.nn.Parameter(torch.randn(4, 3, 17, 17) / 30)
         self.backend = backend
-        self.packed = PackedKernel()
+        self.kept = Kept()
 
     def forward(self, x, image):
-        y = causal_conv1d(x.relu(), self.weight, backend=self.backend, packed=self.packed)
+        y = causal_conv1d(x.relu(), self.weight, backend=self.backend, kept=self.kept)
         return y + 1, large_conv2d(image, self.image_weight, None, self.backend)
 
 
@@ -360,13 +361,13 @@ def transforms(monkeypatch):
 
 @pytest.mark.parametrize('family,case', [('causal', (1, 3, 4, 40, 40, 1)), ('same', (1, 3, 4, 8, 8, 9, 9))], ids=str)
 def test_a_kept_kernel_is_transformed_once(transforms, family, case):
-    packed = PackedKernel()
+    kept = Kept()
     x, weight, bias = tensors(family, case)
 
     def check(x, weight, count):
         with torch.no_grad():
             for _ in range(2):
-                y = ours(family, case, 'fft')(x, weight, bias, packed=packed)
+                y = ours(family, case, 'fft')(x, weight, bias, kept=kept)
                 assert difference(y, exact(x, weight, bias)) < 1e-12
         assert len(transforms) == count
 
@@ -378,32 +379,32 @@ def test_a_kept_kernel_is_transformed_once(transforms, family, case):
     weight = weight.clone()
     check(x[..., :5], weight, 4)
     check(x[..., :5], weight.flip(0)[:, :, :3], 5)
-    for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
-        assert again._kept is None and packed._kept is not None
+    for again in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        assert again._derived is None and kept._derived is not None
 
 
 def test_a_kernel_that_can_change_unseen_is_not_kept(transforms):
     x, weight = tensors('causal', (1, 3, 4, 40, 40, 1), bias=False)
-    packed = PackedKernel()
+    kept = Kept()
     with torch.inference_mode():
         inference = weight.clone()
-        causal_conv1d(x, inference, backend='fft', packed=packed)
+        causal_conv1d(x, inference, backend='fft', kept=kept)
     leaf = weight.clone().requires_grad_()
     with torch.no_grad():
-        causal_conv1d(x, leaf, backend='fft', packed=packed)
-    assert packed._kept is None
-    y = causal_conv1d(x.requires_grad_(), weight, backend='fft', packed=packed)  # recorded
-    assert packed._kept is None and y.requires_grad
+        causal_conv1d(x, leaf, backend='fft', kept=kept)
+    assert kept._derived is None
+    y = causal_conv1d(x.requires_grad_(), weight, backend='fft', kept=kept)  # recorded
+    assert kept._derived is None and y.requires_grad
     with torch.inference_mode():
-        y = causal_conv1d(x, weight, backend='fft', packed=packed)
-    assert packed._kept is not None and difference(y, exact(x, weight)) < 1e-12
+        y = causal_conv1d(x, weight, backend='fft', kept=kept)
+    assert kept._derived is not None and difference(y, exact(x, weight)) < 1e-12
 
 
 def test_the_choice():
     """The networks' kernels go by FFT, small ones directly; on other devices where the direct way is hopeless."""
     def prefers(x, weight, before, device='cpu', keeps=False):
-        return prefers_transform(
-            torch.empty(x, device=device), torch.empty(weight, device=device), before, 1, keeps)
+        x, weight = torch.empty(x, device=device), torch.empty(weight, device=device)
+        return choose_over_channels(x, weight, before, 1, keeps) == 'fft'
 
     for device in ('cpu', 'meta'):
         assert prefers((64, 30, 16000), (30, 30, 16000), [15999], device)
@@ -432,8 +433,8 @@ def test_the_choice():
     (causal_conv1d, dict(bias=torch.zeros(2, device='meta')), ValueError, 'bias must be on the device of x, cpu'),
     (large_conv2d, dict(x=torch.zeros(4, 8, 8)), ValueError, r'x must be \(B, I, H, W\), got shape \(4, 8, 8\)'),
     (large_conv2d, dict(x=torch.zeros(1, 4, 8, 0)), ValueError, 'x must have H, W of at least 1, got shape'),
-    (large_conv2d, dict(weight=torch.zeros(2, 4, 4, 5)), ValueError, r'odd K and L, got shape \(2, 4, 4, 5\)'),
-    (large_conv2d, dict(weight=torch.zeros(4, 1, 5, 5)), ValueError, r'weight must be \(O, I, K, L\) with I = 4 as'),
+    (large_conv2d, dict(weight=torch.zeros(2, 4, 4, 5)), ValueError, r'odd KH and KW, got shape \(2, 4, 4, 5\)'),
+    (large_conv2d, dict(weight=torch.zeros(4, 1, 5, 5)), ValueError, r'weight must be \(O, I, KH, KW\) with I = 4 as'),
     (large_conv2d, dict(backend='triton'), ValueError, "'triton' was requested and cannot run"),
 ])
 def test_bad_input_is_named(function, change, error, message):
@@ -485,7 +486,7 @@ def test_inputs_for_which_an_fft_is_inaccurate_are_computed_directly():
     for family, case in (('causal', (3, 8, 8, 1600, 1600, 1)), ('same', (3, 16, 16, 32, 32, 33, 33))):
         x, weight = tensors(family, case, torch.float32, bias=False)
         before = [k - 1 if family == 'causal' else k // 2 for k in weight.shape[2:]]
-        assert prefers_transform(x, weight, before, 1, False)
+        assert choose_over_channels(x, weight, before, 1, False) == 'fft'
         for value in (1e6, float('inf'), float('nan')):
             x[1, 1, -1] = value
             y, expected = ours(family, case)(x, weight), reference(family, case)(x.double(), weight.double())

@@ -17,10 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_smpconv import depthwise_conv2d
-from timm_smpconv.ops import BACKENDS, choice, use_backend
+from timm_smpconv.ops import BACKENDS, requested_backend, use_backend
+from timm_smpconv.ops.autograd.depthwise import conv_op, weight_gradient_op
 from timm_smpconv.ops.backends import fft
-from timm_smpconv.ops.choice import choose
-from timm_smpconv.ops.derivatives import conv_op, corr_op
+from timm_smpconv.ops.dispatch.choose import choose
+from timm_smpconv.ops.dispatch.geometry import Geometry
 
 CASES = [  # (B, C, H, W, K, L)
     (2, 3, 8, 11, 5, 5),
@@ -217,7 +218,7 @@ def test_opcheck(layout, backend):
     x, weight, bias = tensors(2, 3, 6, 7, 9, 9)
     x = LAYOUTS[layout](x).requires_grad_()
     torch.library.opcheck(conv_op, (x, weight.requires_grad_(), bias.requires_grad_(), backend))
-    torch.library.opcheck(corr_op, (torch.randn(2, 3, 6, 7, requires_grad=True), x, 9, 9, backend))
+    torch.library.opcheck(weight_gradient_op, (torch.randn(2, 3, 6, 7, requires_grad=True), x, 9, 9, backend))
 
 
 class Net(torch.nn.Module):
@@ -334,7 +335,7 @@ def test_use_backend_holds_for_its_own_thread_alone(calls):
     thread.join()
     depthwise_conv2d(x, weight)
     assert sorted(calls[3:]) == ['channels_last', 'native'] and calls[:3] == ['contiguous', 'native', 'fft']
-    assert choice.requested_backend() is None
+    assert requested_backend() is None
 
 
 def test_a_backend_that_does_not_exist_is_named():
@@ -355,14 +356,14 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch, fastest, caplog):
         monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(unsupported=lambda x: 'it rains'))
     with pytest.raises(ValueError, match="backend 'fft' was requested and cannot run: it rains"), use_backend('fft'):
         depthwise_conv2d(x, weight)
-    with caplog.at_level(logging.DEBUG, logger='timm_smpconv.ops.choice'):
+    with caplog.at_level(logging.DEBUG, logger='timm_smpconv.ops.dispatch.run'):
         assert difference(depthwise_conv2d(x, weight), exact(x, weight)) < 1e-5
     assert 'backend channels_last is skipped: it rains' in caplog.text
 
 
 @pytest.mark.parametrize('change,error,message', [
-    (dict(weight=torch.zeros(3, 1, 4, 5)), ValueError, r'weight must have odd K and L, got shape \(3, 1, 4, 5\)'),
-    (dict(weight=torch.zeros(4, 1, 5, 5)), ValueError, r'weight must be \(C, 1, K, L\) with C = 3.*got shape \(4,'),
+    (dict(weight=torch.zeros(3, 1, 4, 5)), ValueError, r'weight must have odd KH and KW, got shape \(3, 1, 4, 5\)'),
+    (dict(weight=torch.zeros(4, 1, 5, 5)), ValueError, r'weight must be \(C, 1, KH, KW\) with C = 3.*got shape \(4,'),
     (dict(weight=torch.zeros(3, 3, 5, 5)), ValueError, 'weight must be'),
     (dict(weight=torch.zeros(3, 5, 5)), ValueError, 'weight must be'),
     (dict(x=torch.zeros(3, 8, 8)), ValueError, r'x must be \(B, C, H, W\), got shape \(3, 8, 8\)'),
@@ -379,7 +380,7 @@ def test_bad_input_is_named(change, error, message):
 
 
 def test_few_channels_and_large_kernels_use_fft():
-    assert choose('output', torch.empty(4, 3, 64, 64), 31, 31) == 'fft'
+    assert choose(Geometry('output', 4, 3, 64, 64, 31, 31)) == 'fft'
     for case in ((4, 3, 64, 64, 31, 31), (1, 4, 40, 56, 51, 51)):
         compare(tensors(*case), depthwise_conv2d, TOLERANCE[torch.float32])
 

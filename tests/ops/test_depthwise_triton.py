@@ -15,9 +15,8 @@ from conftest import LAYOUTS, TOLERANCE, difference
 
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import use_backend
-from timm_smpconv.ops.backends import triton_tiles
-from timm_smpconv.ops.backends.triton import VARIANTS
-from timm_smpconv.ops.derivatives import conv_op, corr_op
+from timm_smpconv.ops.autograd.depthwise import conv_op, weight_gradient_op
+from timm_smpconv.ops.backends.triton import tiles
 
 pytest.importorskip('triton', reason='Triton is not installed')
 ON_GPU = torch.cuda.is_available()
@@ -152,7 +151,7 @@ def test_opcheck():
     x, weight, bias, cotangent = tensors(2, 3, 6, 6, 5, 5, dtype=torch.float32)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     torch.library.opcheck(conv_op, (*leaves, 'triton'))
-    torch.library.opcheck(corr_op, (cotangent.requires_grad_(), x, 5, 5, 'triton'))
+    torch.library.opcheck(weight_gradient_op, (cotangent.requires_grad_(), x, 5, 5, 'triton'))
 
 
 @pytest.mark.parametrize('dtype,width,reason', [
@@ -171,54 +170,17 @@ def test_not_on_the_cpu_without_the_interpreter(monkeypatch):
         depthwise_conv2d(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3))
 
 
-@pytest.mark.parametrize('name,cases', [
-    *((name, CASES[i::len(VARIANTS)]) for i, name in enumerate(VARIANTS)),
-    *(pytest.param(name, CASES, marks=pytest.mark.slow) for name in VARIANTS),
-    *(pytest.param(name, REAL, marks=pytest.mark.gpu) for name in VARIANTS)], ids=str)
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_variants(name, cases, dtype):
-    variant = VARIANTS[name]
-    for b, c, h, w, k, l in cases:
-        x, weight, bias, grad = tensors(b, c, h, w, k, l, dtype)
-        if ON_GPU and variant.unsupported(x):
-            continue
-        wide, taps = x.double().cpu(), weight.double().cpu().requires_grad_()
-        expected = F.conv2d(wide, taps, bias.double().cpu(), padding=(k // 2, l // 2), groups=c)
-        wanted, = torch.autograd.grad(expected, taps, grad.double().cpu())
-        assert difference(variant.conv(x, weight, bias).cpu(), expected) < TOLERANCE[dtype]
-        assert difference(variant.corr(grad, x, k, l).cpu(), wanted) < TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize('capability,room', [(80, 166912), (89, 101376), (90, 232448), (120, 101376)])
 def test_tiles_fit(monkeypatch, capability, room):
-    monkeypatch.setattr(triton_tiles, 'limits', lambda x: (capability, room))
+    monkeypatch.setattr(tiles, 'limits', lambda x: (capability, room))
     for width, dtype in itertools.product((1, 7, 16, 17, 56, 64, 65, 128), DTYPES):
         x = torch.empty(1, 1, 1, width, dtype=dtype, device='meta')
         p = next(p for p in (16, 32, 64, 128) if width <= p)
-        tiles = [(triton_tiles.conv_tile(x), triton_tiles.corr_tile(x))]
-        tiles += [triton_tiles.VARIANTS[name] for name in VARIANTS if triton_tiles.misfit(name, x) is None]
-        for conv, corr in tiles:
-            assert (conv.m + max(conv.n, p)) * p * x.element_size() * triton_tiles.buffers(conv, x) <= room
-            rows = max(1, min(corr.m // p, 4))
-            assert (rows + 1) * p * corr.step * x.element_size() * triton_tiles.buffers(corr, x) <= room
-            assert min(triton_tiles.buffers(conv, x), triton_tiles.buffers(corr, x)) >= 1
-
-
-def test_variants_that_are_not_raced_say_why(monkeypatch):
-    x = torch.empty(1, 1, 56, 56, device='meta')
-    variant = VARIANTS['triton-128x128']
-    monkeypatch.setattr(triton_tiles, 'limits', lambda x: (89, 101376))
-    assert variant.unsupported(x) == 'triton-128x128 is for tensor cores, which compute float32 in tf32 only'
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        # Two products of 128 × 64 and 128 × 64 numbers, four bytes each.
-        assert variant.unsupported(x) == 'triton-128x128 needs 131072 bytes of shared memory, a program can have 101376'
-        assert VARIANTS['triton-64x64'].unsupported(x) is None
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-    assert variant.unsupported(x.bfloat16()) is None
-    assert variant.unsupported(x.bfloat16()[..., :14]) == 'triton-128x128 is what triton takes for this x'
-    assert variant.unsupported(x.double()) == 'triton computes float32, bfloat16 and float16, x is torch.float64'
+        conv, gradient = tiles.conv_tile(x), tiles.gradient_tile(x)
+        assert (conv.m + max(conv.n, p)) * p * x.element_size() * tiles.buffers(conv, x) <= room
+        rows = max(1, min(gradient.m // p, 4))
+        assert (rows + 1) * p * gradient.step * x.element_size() * tiles.buffers(gradient, x) <= room
+        assert min(tiles.buffers(conv, x), tiles.buffers(gradient, x)) >= 1
 
 
 @pytest.mark.slow

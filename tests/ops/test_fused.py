@@ -20,10 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_smpconv import RepSMPConv2d, prepack
 from timm_smpconv.layers.merged import MergedConv2d
 from timm_smpconv.layers.rep_conv import ConvNorm
-from timm_smpconv.ops import conv2d_in_steps, costs, cpu, fused, fused_conv2d, private, use_backend
+from timm_smpconv.ops import Kept, _private, conv2d_in_steps, fused, fused_conv2d, use_backend
+from timm_smpconv.ops.dispatch import cpu
 
 BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
-    torch.bfloat16 not in private.onednn_dtypes(), reason='oneDNN computes bfloat16 on CPUs with AVX-512 only'))
+    torch.bfloat16 not in _private.onednn_dtypes(), reason='oneDNN computes bfloat16 on CPUs with AVX-512 only'))
 ACTIVATE = {'none': lambda y: y, 'relu': torch.relu, 'gelu': F.gelu}
 # (channels, channels out, groups, kernel, stride, padding, dilation, (H, W))
 GEOMETRIES = {
@@ -52,12 +53,8 @@ def exact(x, weight, bias, rest, activation='none', residual=None):
 
 @pytest.fixture(autouse=True)
 def enabled(monkeypatch):
-    """One pass is on by default on CPUs with AVX-512 and AVX2 only, and right on all that oneDNN supports.
-
-    It is expected to be the fastest by the usual rates, not by those that a busy machine may measure.
-    """
-    monkeypatch.setattr(cpu, 'HERE', cpu.CPU('AVX512', private.onednn_dtypes()))
-    monkeypatch.setattr(costs, 'rates', lambda: costs.fixed(torch.get_num_threads()))
+    """One pass is on by default on CPUs with AVX-512 and AVX2 only, and right on all that oneDNN supports."""
+    monkeypatch.setattr(cpu, 'HERE', cpu.CPU('AVX512', _private.onednn_dtypes()))
 
 
 @pytest.fixture
@@ -88,9 +85,9 @@ def test_one_pass_equals_float64(geometry, dtype, passes):
         before = [None if t is None else t.clone() for t in (x, weight, bias, residual)]
         expected = exact(x, weight, bias, rest, activation, residual)
         tolerance = TOLERANCE[dtype] * (1 if activation == 'none' else 5)  # it may leave little of a channel's values
-        packed = fused.PackedWeight()
-        for keep in (None, packed, packed):
-            y = fused_conv2d(x, weight, bias, **rest, activation=activation, residual=residual, packed=keep)
+        kept = Kept()
+        for keep in (None, kept, kept):
+            y = fused_conv2d(x, weight, bias, **rest, activation=activation, residual=residual, kept=keep)
             assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
             assert difference(y, expected) < tolerance
         for t, saved in zip((x, weight, bias, residual), before):
@@ -175,7 +172,7 @@ def test_step_by_step_where_one_pass_would_not_do(geometry, call, tolerance, pas
 
 @torch.no_grad()
 def test_few_channels_in_bfloat16_return():
-    """oneDNN never does, see `choice.working_dtype`."""
+    """oneDNN never does, see `geometry.working_dtype`."""
     x = torch.randn(1, 8, 36, 36).to(torch.bfloat16, memory_format=torch.channels_last)
     weight = torch.randn(8, 1, 17, 17).bfloat16() / 17
     rest = dict(padding=(8, 8), groups=8)
@@ -275,7 +272,7 @@ def test_no_other_weight_is_taken_for_the_packed_one(way):
                 y = conv(x)
         expected = F.conv2d(x, weights['weight'], weights['bias'], padding=conv.padding, groups=conv.groups)
         assert difference(y, expected) < TOLERANCE[torch.float32]
-    assert conv.packed._kept is not None
+    assert conv.kept._derived is not None
 
 
 def pointwise(channels):
@@ -344,7 +341,8 @@ def test_onednn_has_no_reference_program_behind_what_is_fused(isa):
     """`ONEDNN_VERBOSE=1` prints the program of every call. Reference programs are loops, 100 times slower."""
     code = '''
 import sys, torch
-from timm_smpconv.ops import cpu, fused
+from timm_smpconv.ops import Kept, fused
+from timm_smpconv.ops.dispatch import cpu
 sys.path[:0] = sys.argv[1:]
 from test_fused import GEOMETRIES, make
 cpu.HERE = cpu.HERE._replace(capability='AVX512')
@@ -355,7 +353,7 @@ with torch.no_grad():
             y = fused.fused_conv2d(x, weight, bias, **rest)
             fused.fused_conv2d(
                 x, weight, bias, **rest, activation=activation, residual=y if adds else None,
-                packed=fused.PackedWeight())
+                kept=Kept())
 '''
     here, root = Path(__file__).parent, Path(__file__).parents[2]
     result = subprocess.run(
@@ -384,5 +382,5 @@ def test_fake_tensors_outside_their_mode(geometry):
     mode = FakeTensorMode()
     x, weight, bias, rest = make(geometry)
     fake = [mode.from_tensor(t) for t in (x, weight, bias)]
-    y = fused_conv2d(*fake, **rest, packed=fused.PackedWeight())
+    y = fused_conv2d(*fake, **rest, kept=Kept())
     assert y.shape == exact(x, weight, bias, rest).shape and isinstance(y, FakeTensor)

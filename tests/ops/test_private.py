@@ -1,11 +1,12 @@
-"""The operators without each of PyTorch's private names that they use, against PyTorch's standard convolution."""
+"""The operators without each of PyTorch's _private names that they use, against PyTorch's standard convolution."""
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOLERANCE, difference
 from torch.autograd import forward_ad
 
-from timm_smpconv.ops import PackedWeight, cpu, depthwise_conv2d, fused, fused_conv2d, private
+from timm_smpconv.ops import Kept, _private, depthwise_conv2d, fused, fused_conv2d
+from timm_smpconv.ops.dispatch import cpu
 
 
 class Without:
@@ -25,20 +26,20 @@ def plain(x, weight):
     return F.conv2d(x, weight, padding=6, groups=4)
 
 
-def packed(x, weight):
-    return fused_conv2d(x, weight, padding=(6, 6), groups=4, packed=PackedWeight())
+def prepacked(x, weight):
+    return fused_conv2d(x, weight, padding=(6, 6), groups=4, kept=Kept())
 
 
 @pytest.mark.parametrize('name', [
     '_are_functorch_transforms_active', 'is_legacy_batchedtensor', '_len_torch_dispatch_stack', '_current_level',
     '_convolution_pointwise', 'mkldnn_reorder_conv2d_weight', '_is_mkldnn_bf16_supported', '_is_mkldnn_fp16_supported',
     '_C'])
-@pytest.mark.parametrize('convolve', [depthwise_conv2d, packed])
+@pytest.mark.parametrize('convolve', [depthwise_conv2d, prepacked])
 def test_the_operators_work_without(name, convolve, monkeypatch):
-    monkeypatch.setattr(private, 'torch', Without(torch, name))
-    monkeypatch.setattr(private, 'forward_ad', Without(forward_ad, name))
-    monkeypatch.setattr(fused, '_convolve', private.pointwise_convolution())
-    monkeypatch.setattr(cpu, 'HERE', cpu.CPU('AVX512', private.onednn_dtypes()))
+    monkeypatch.setattr(_private, 'torch', Without(torch, name))
+    monkeypatch.setattr(_private, 'forward_ad', Without(forward_ad, name))
+    monkeypatch.setattr(fused, '_convolve', _private.pointwise_convolution())
+    monkeypatch.setattr(cpu, 'HERE', cpu.CPU('AVX512', _private.onednn_dtypes()))
     x = torch.randn(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(4, 1, 13, 13) / 13
 

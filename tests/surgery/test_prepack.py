@@ -18,19 +18,20 @@ from timm_smpconv import prepack
 from timm_smpconv.layers.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
 from timm_smpconv.layers.rep_conv import ConvNorm, RepSMPConv2d
 from timm_smpconv.ops import dense, fused, use_backend
+from timm_smpconv.ops.dispatch import cpu, timing
 
 ACTIVATIONS = {'none': lambda y: y, 'relu': torch.relu, 'gelu': F.gelu}
 
 
 class Clock:
-    """`time.perf_counter` of a module, and what made it go on."""
+    """A clock, and what made it go on."""
 
     def __init__(self):
         self.now = 0.
         self.seconds = {}
         self.seen = []
 
-    def perf_counter(self):
+    def __call__(self):
         return self.now
 
     def spend(self, way):
@@ -49,8 +50,8 @@ def clock(monkeypatch):
         return compute(way, *args)
 
     monkeypatch.setattr(fused, '_compute', timed)
-    monkeypatch.setattr(fused, 'time', clock)
-    monkeypatch.setattr(fused, 'ENABLED', True)
+    monkeypatch.setattr(timing, '_clock', clock)
+    monkeypatch.setattr(cpu, 'HERE', cpu.CPU('AVX512', cpu.HERE.onednn))
     return clock
 
 
@@ -142,7 +143,7 @@ def test_measured_without_such_a_residual(shape, fastest, clock):
 @torch.no_grad()
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_narrow_bfloat16_is_not_convolved_by_onednn(memory_format, monkeypatch):
-    """Such convolutions never return: see `choice.working_dtype`."""
+    """Such convolutions never return: see `geometry.working_dtype`."""
     conv2d = F.conv2d
 
     def checked(x, *args, **kwargs):
@@ -153,7 +154,7 @@ def test_narrow_bfloat16_is_not_convolved_by_onednn(memory_format, monkeypatch):
     conv = MergedConv2d(8, 8, 15, padding=7, groups=8).eval().bfloat16()
     monkeypatch.setattr(F, 'conv2d', checked)
     prepack(conv, x.bfloat16())
-    assert [way for way, _ in conv.packed._fastest.values()] == ['fft']
+    assert [way for way, _ in conv.kept._fastest.values()] == ['fft']
 
 
 @torch.no_grad()
@@ -168,14 +169,14 @@ def test_arguments_by_name(clock):
 
     model, x = Named().eval(), convolution('depthwise')[1]
     assert difference(prepack(model, x)(x), exact(model.conv, x, x)) < TOLERANCE[torch.float32]
-    assert len(model.conv.packed._fastest) == 1
+    assert len(model.conv.kept._fastest) == 1
 
 
-def test_what_cannot_be_measured_is_not_measured_later():
+def test_nothing_is_measured_where_a_backend_is_requested():
     conv = MergedLargeConv2d(3, 5, (9, 17)).eval()
     with use_backend('native'):
         prepack(conv, torch.randn(2, 3, 8, 11))
-    assert not conv.packed.is_measuring
+    assert not conv.kept._fastest
 
 
 @torch.no_grad()
@@ -186,7 +187,7 @@ def test_a_way_that_is_wrong_is_left_out(clock, monkeypatch, caplog):
     clock.seconds = {'fft': 1e-3}
     with caplog.at_level(logging.WARNING):
         prepack(conv, x)
-    assert 'fft is left out: it differs from F.conv2d' in caplog.text
+    assert f'fft is left out for x {tuple(x.shape)}: it differs from F.conv2d' in caplog.text
     assert difference(conv(x), exact(conv, x)) < TOLERANCE[torch.float32]
 
 
@@ -211,7 +212,7 @@ def test_images_that_can_judge_nothing(value, clock):
     conv, x = convolution('depthwise')
     x[0, 0, 0, 0] = value
     prepack(conv, x)
-    assert not conv.packed._fastest
+    assert not conv.kept._fastest
 
 
 @torch.no_grad()
@@ -237,16 +238,16 @@ def test_a_kept_transform_follows_the_weight(clock):
     for factor in (1, 2, 3):
         conv.weight.mul_(factor)
         assert difference(conv(x), exact(conv, x)) < TOLERANCE[torch.float32]
-    kept = conv.packed._kept[1]
+    kept = conv.kept._derived[1]
     conv(x)
-    assert conv.packed._kept[1] is kept and kept.is_complex()
+    assert conv.kept._derived[1] is kept and kept.is_complex()
 
 
 def test_nothing_is_measured_where_the_result_is_not_all_that_counts(clock):
     conv, x = convolution('depthwise')
     with torch.autocast('cpu', dtype=torch.bfloat16):
         prepack(conv, x)
-    assert not conv.packed._fastest
+    assert not conv.kept._fastest
     with pytest.raises(ValueError, match='model must be in evaluation mode to be measured with images'):
         prepack(conv.train(), x)
 
@@ -259,9 +260,9 @@ def test_measurements_are_not_copied_to_other_machines(clock):
     torch.save(conv, file)
     file.seek(0)
     for twin in (copy.deepcopy(conv), torch.load(file, weights_only=False)):
-        assert not twin.packed._fastest and twin.packed._kept is None
+        assert not twin.kept._fastest and twin.kept._derived is None
         assert difference(twin(x), exact(conv, x)) < TOLERANCE[torch.float32]
-    assert conv.packed._fastest
+    assert conv.kept._fastest
 
 
 @torch.no_grad()
@@ -273,7 +274,7 @@ def test_whole_models_and_no_hooks_left():
         fast = prepack(copy.deepcopy(merged).to(memory_format=memory_format), x.contiguous(memory_format=memory_format))
         assert difference(fast(x.contiguous(memory_format=memory_format)), model(x)) < 1e-4
         convolutions = [m for m in fast.modules() if isinstance(m, MergedConv2d)]
-        assert all(m.packed._fastest for m in convolutions if m.kernel_size != (1, 1) or m.groups == 1)
+        assert all(m.kept._fastest for m in convolutions if m.kernel_size != (1, 1) or m.groups == 1)
         assert not any(m._forward_pre_hooks for m in fast.modules())
     with pytest.raises(ValueError, match='x must be'):
         prepack(fast, torch.randn(1, 5, 64, 64))
@@ -298,7 +299,7 @@ def test_convolutions_over_channels(make, shape, fastest, monkeypatch):
             return function(*args)
         return run
 
-    monkeypatch.setattr(dense, 'time', clock)
+    monkeypatch.setattr(timing, '_clock', clock)
     monkeypatch.setattr(dense.spectra, 'conv', slow('fft', by_fft))
     monkeypatch.setattr(dense, '_direct', slow('native', direct))
     conv, x = make().eval(), torch.randn(shape)

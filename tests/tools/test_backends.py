@@ -3,7 +3,6 @@ import os
 import re
 import sys
 from io import TextIOWrapper
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,9 +11,10 @@ import torch.nn.functional as F
 from conftest import SMALL, TOLERANCE, difference, small_model
 
 from timm_smpconv.__main__ import main
-from timm_smpconv.ops import BACKENDS, costs, race
+from timm_smpconv.ops import BACKENDS
+from timm_smpconv.ops.dispatch import choose, costs, timing
 from timm_smpconv.tools import backend_report as backends
-from timm_smpconv.tools.backend_report import PASSES, Case, Result
+from timm_smpconv.tools.backend_report import PASSES, Geometry, Result
 
 TINY = [(96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13)]  # (C, H, K), from the paper's table 9
 MOBILE51 = [(64, 56, 51), (128, 28, 49), (256, 14, 47), (320, 7, 13)]
@@ -22,8 +22,10 @@ MOBILE51 = [(64, 56, 51), (128, 28, 49), (256, 14, 47), (320, 7, 13)]
 
 @pytest.fixture(autouse=True)
 def rates(monkeypatch):
-    """The fixed rates: nothing is measured, whatever else the machine does."""
-    monkeypatch.setattr(costs, 'rates', lambda: costs.fixed(1))
+    """The rates of one thread."""
+    found = costs.kind().one_thread
+    monkeypatch.setattr(costs, 'rates', lambda: found)
+    choose.forget()
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ class Clock:
 def clock(monkeypatch):
     def use(seconds, first=None):
         clock = Clock(seconds, first)
-        monkeypatch.setattr(backends, '_clock', clock)
+        monkeypatch.setattr(timing, '_clock', clock)
         monkeypatch.setattr(backends, 'run', clock.run)
         return clock
     return use
@@ -67,7 +69,7 @@ def test_cases_of_a_model(name, shapes):
     model = timm.create_model(name, device='meta')
     found = backends.cases(model, (3, 224, 224), (1, 4), (True, False), torch.bfloat16)
     expected = {
-        Case(what, b, c, h, h, kernel, kernel, last, torch.bfloat16)
+        Geometry(what, b, c, h, h, kernel, kernel, last, torch.bfloat16)
         for what in PASSES for b in (1, 4) for last in (True, False) for c, h, k in shapes for kernel in (k, 5)}
     assert set(found) == expected and len(found) == len(expected)
     assert [case.b for case in found] == sorted(case.b for case in found)
@@ -84,7 +86,7 @@ def test_cases_of_another_size():
 @pytest.mark.parametrize('what', PASSES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_a_run_is_the_convolution(what, backend, dtype):
-    case = Case(what, 2, 4, 9, 7, 11, 17, True, dtype)  # columns of the kernel that meet nothing but padding
+    case = Geometry(what, 2, 4, 9, 7, 11, 17, True, dtype)  # columns of the kernel that meet nothing but padding
     x, weight, grad = backends.inputs(case)
     assert x.is_contiguous(memory_format=torch.channels_last) and grad.shape == x.shape
     leaves = [t.double().requires_grad_() for t in (x, weight)]
@@ -106,13 +108,13 @@ def test_the_backend_taken_is_the_operators(what, channels_last, monkeypatch):
                 called.append(name)
                 return function(*args)
             return call
-        return backend._replace(**{f: wrap(getattr(backend, f)) for f in ('conv', 'input_gradient', 'corr')})
+        return backend._replace(**{f: wrap(getattr(backend, f)) for f in ('conv', 'input_gradient', 'weight_gradient')})
 
     for name, backend in BACKENDS.items():
         monkeypatch.setitem(BACKENDS, name, spy(name, backend))
     taken = set()
     for c, h, k in ((32, 14, 5), (32, 28, 29), (64, 7, 13), (32, 56, 31), (8, 3, 5)):
-        case = Case(what, 1, c, h, h, k, k, channels_last)
+        case = Geometry(what, 1, c, h, h, k, k, channels_last)
         result = backends.expect(case)
         called.clear()
         backends.run(case, *backends.inputs(case))
@@ -123,7 +125,7 @@ def test_the_backend_taken_is_the_operators(what, channels_last, monkeypatch):
 
 
 def test_the_same_computation_is_not_timed_twice():
-    case = Case('output', 1, 8, 14, 14, 9, 9)
+    case = Geometry('output', 1, 8, 14, 14, 9, 9)
     for what, last, dtype, missing in (
         ('output', False, torch.float32, 'contiguous'), ('output', True, torch.float32, 'channels_last'),
         ('weight gradient', True, torch.float32, 'channels_last'), ('weight gradient', True, torch.bfloat16, None),
@@ -133,7 +135,7 @@ def test_the_same_computation_is_not_timed_twice():
         assert found.keys() == {'native', 'contiguous', 'channels_last', 'fft'} - {missing}
 
 
-CASE = Case('output', 1, 8, 14, 14, 9, 9)
+CASE = Geometry('output', 1, 8, 14, 14, 9, 9)
 
 
 def test_times_are_medians_and_slow_backends_have_no_part_in_the_rounds(clock):
@@ -142,14 +144,14 @@ def test_times_are_medians_and_slow_backends_have_no_part_in_the_rounds(clock):
         first={'fft': [0.012, 0.006, 0.002], 'native': [0.02, 0.01]})  # compilation
     result = backends.measure(CASE)
     assert {n: round(ms, 6) for n, ms in result.times.items()} == {'native': 4, 'channels_last': 13, 'fft': 1}
-    assert used.ran.count('channels_last') == 4 and used.ran.count('native') == 5  # to warm up
+    assert used.ran.count('channels_last') == 5 and used.ran.count('native') == 5  # to warm up
     assert used.ran.count('fft') == 5 + 2 * 15  # as many rounds as are allowed
     assert result.ratio == pytest.approx(result.times[result.taken] / 1)
 
 
 def test_a_median_of_rounds(clock):
     used = clock({'native': 1., 'channels_last': 1.5, 'fft': 1.2})
-    used.first['fft'] = [1.2, 1.2, 1.2, 9, 2.0, 9, 1.1, 9, 1.4]  # 3 to warm up, then every other one is untimed
+    used.first['fft'] = [1.2, 9, 2.0, 9, 1.1, 9, 1.4]  # one to warm up, then every other one is untimed
     times = backends.measure(CASE).times
     assert times['fft'] == pytest.approx(1400) and times['native'] == pytest.approx(1000)
 
@@ -165,14 +167,14 @@ def test_results_are_checked_before_anything_is_timed(clock):
 def test_backends_take_turns_for_as_long_as_asked(clock):
     used = clock({'native': 0.030, 'channels_last': 0.032, 'fft': 0.034})
     backends.measure(CASE, seconds=1)
-    rounds = used.ran[3 * 3:]
-    assert rounds == [name for name in dict.fromkeys(used.ran) for _ in range(2)] * 5  # of 2 × 96 ms
+    rounds = used.ran[3 * 5:]
+    assert rounds == [name for name in dict.fromkeys(used.ran) for _ in range(2)] * 6  # of 192 ms: one more ends them
 
 
 def test_a_backend_that_compiles_is_not_taken_for_a_slow_one(clock):
     used = clock({'native': 0.001, 'channels_last': 0.001, 'fft': 0.001}, first={'native': [0.06, 0.04]})
     assert backends.measure(CASE).times['native'] == pytest.approx(1)
-    assert used.ran.count('native') == 3 + 2 * 15
+    assert used.ran.count('native') == 5 + 2 * 15
 
 
 def test_a_hopeless_backend_runs_once(clock):
@@ -231,7 +233,7 @@ def test_the_page(small, capsys):
     assert not err
     machine, rates = out.splitlines()[:2]
     assert f'torch {torch.__version__}' in machine and f'{torch.get_num_threads()} threads' in machine
-    assert f'wide {costs.fixed(1).wide:.3g}' in rates
+    assert f'wide {costs.kind().one_thread.wide:.3g}' in rates
     assert lines_of(out, '^smpconv_tiny') == [
         f'smpconv_tiny, 64×64, batch {b}, contiguous, float32, cpu' for b in (1, 2)]
     assert len(lines_of(out, r'\*')) == 1 + 2 * 3 * 7  # of 4 stages; in the last both kernels are 5×5
@@ -305,12 +307,12 @@ def test_a_reader_that_leaves(small, monkeypatch, capsys):
 def test_an_interrupt(small, monkeypatch, capsys):
     times = iter([{'native': 1., 'fft': 2., 'channels_last': 3.}])
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         for found in times:
             return found
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(backends, '_times', interrupted)
+    monkeypatch.setattr(backends, 'timing', interrupted)
     assert main(['backends', 'smpconv_tiny', '--measure', '--image-size', '64', '--device', 'cpu']) == 130
     out, err = capsys.readouterr()
     assert len(lines_of(out, r'^ +\d+ +\d+×\d')) == 1 and err == '\ntimm-smpconv backends: interrupted\n'
@@ -318,25 +320,27 @@ def test_an_interrupt(small, monkeypatch, capsys):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """CPU tensors, and a race that takes them for a GPU's and `fft` for the fastest; `contiguous` is wrong."""
-    make, seconds = backends.inputs, {'native': 2., 'fft': 1.}
-    raced = {name: BACKENDS[name] for name in ('native', 'contiguous', 'fft')}
-    raced['contiguous'] = raced['contiguous']._replace(
-        conv=lambda x, weight, bias: torch.zeros_like(x), corr=lambda grad, x, k, l: x.new_zeros(x.shape[1], 1, k, l),
-        input_gradient=lambda grad, x, weight: torch.zeros_like(x))
-    monkeypatch.setattr('timm_smpconv.ops.choice.RACED', raced)
-    monkeypatch.setattr(backends, 'RACED', raced)
+    """CPU tensors that are said to be on a GPU, where `fft` is the fastest; `contiguous` is wrong."""
+    make, seconds, clock = backends.inputs, {'native': 2., 'fft': 1., 'contiguous': 0.5}, Clock({})
+
+    def timed(name, function):
+        def run(*args):
+            clock.now += seconds[name]
+            return function(*args) * (1.5 if name == 'contiguous' else 1.)
+        return run
+
+    for name in list(BACKENDS):
+        if name in seconds:
+            monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(**{
+                part: timed(name, getattr(BACKENDS[name], part))
+                for part in ('conv', 'input_gradient', 'weight_gradient')}))
+        else:
+            monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(unsupported=lambda x: 'here'))
+    monkeypatch.setattr(timing, '_clock', clock)
     monkeypatch.setattr(backends, 'inputs', lambda case: make(case._replace(device='cpu')))
-    monkeypatch.setattr(race, '_is_on_cuda', lambda x: True)
-    names = {id(backend): name for name, backend in raced.items()}
-    monkeypatch.setattr(race, 'clock', SimpleNamespace(time=lambda run: seconds[names[id(run.args[0])]]))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'NVIDIA H200')
-    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
-    race.forget()
-    yield
-    race.forget()
 
 
 def test_the_page_of_a_gpu(small, gpu, capsys):
@@ -344,17 +348,15 @@ def test_the_page_of_a_gpu(small, gpu, capsys):
     out = capsys.readouterr().out
     assert 'NVIDIA H200 of compute capability 9.0' in out.splitlines()[0] and 'see --measure' in out.splitlines()[1]
     rows = lines_of(out, r'^ +\d+ +\d+×\d')
-    assert len(rows) == 3 * 7 and all('(would race: native, contiguous, fft)' in row for row in rows)
-    assert not race.remembered()
+    assert len(rows) == 3 * 7
+    assert all('(in benchmark mode the fastest of native, contiguous, fft; not here)' in row for row in rows)
 
 
-def test_the_race_of_a_gpu(small, gpu, capsys):
-    before = torch.backends.cudnn.benchmark
+def test_the_times_of_a_gpu(small, gpu, capsys):
     assert main(['backends', 'smpconv_tiny', '--image-size', '64', '--measure']) == 0
     out = capsys.readouterr().out
     rows = lines_of(out, r'^ +\d+ +\d+×\d')
-    assert len(rows) == len(race.remembered()) == 3 * 7
+    assert len(rows) == 3 * 7
     for row in rows:
-        assert re.search(r' fft +1\.00 +2\.00 +native 2, \*fft 1 +\(contiguous dropped: its result is off by', row)
+        assert re.search(r' fft +1\.00 +2\.00 +native 2000, \*fft 1000$', row)
     assert 'within 1.15 × of the fastest in 21 of 21 cases' in out
-    assert torch.backends.cudnn.benchmark == before

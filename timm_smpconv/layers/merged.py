@@ -11,12 +11,13 @@ import torch.nn.functional as F
 
 from ..ops import (
     ACTIVATIONS,
-    PackedKernel,
-    PackedWeight,
+    Kept,
     causal_conv1d,
     conv2d_in_steps,
     fused_conv2d,
     large_conv2d,
+    measure_dense,
+    measure_fused,
 )
 from ._checks import forward_of
 
@@ -59,7 +60,7 @@ class MergedConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype)
         self.activation = activation
-        self.packed = cast(Optional[PackedWeight], None)  # TorchScript warns of an annotation here
+        self.kept = cast(Optional[Kept], None)  # TorchScript warns of an annotation here
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's convolutions."""
@@ -72,7 +73,13 @@ class MergedConv2d(nn.Conv2d):
                 residual)
         return fused_conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.activation,
-            residual, self.packed)
+            residual, self.kept)
+
+    def measure(self, x: torch.Tensor, residual: Optional[torch.Tensor] = None) -> None:
+        """Let `kept` hold the fastest way to compute such inputs."""
+        measure_fused(
+            cast(Kept, self.kept), x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
+            self.activation, residual)
 
     def to_plain(self) -> nn.Module:
         """The same as an `nn.Conv2d`, or as an `nn.Sequential` of `conv` and `act` if it has an activation."""
@@ -102,7 +109,7 @@ class MergedLargeConv2d(nn.Conv2d):
     ):
         super().__init__(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype)
         self.padding = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
-        self.packed = cast(Optional[PackedKernel], None)
+        self.kept = cast(Optional[Kept], None)
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's small convolutions."""
@@ -111,7 +118,11 @@ class MergedLargeConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return large_conv2d(x, self.weight, self.bias)
-        return large_conv2d(x, self.weight, self.bias, packed=self.packed)
+        return large_conv2d(x, self.weight, self.bias, kept=self.kept)
+
+    def measure(self, x: torch.Tensor) -> None:
+        """Let `kept` hold the fastest way to compute such inputs."""
+        measure_dense(cast(Kept, self.kept), x, self.weight, self.bias)
 
     def to_plain(self) -> nn.Module:
         """The same as an `nn.Conv2d`."""
@@ -126,7 +137,7 @@ def _conv1d(
         padding: int = 0,
         groups: int = 1,
         causal: bool = False,
-        packed: Optional[Any] = None,  # TorchScript cannot read `PackedKernel`
+        kept: Optional[Any] = None,  # TorchScript cannot read `Kept`
 ) -> torch.Tensor:
     """`F.conv1d`, by `causal_conv1d` where it keeps the length.
 
@@ -138,7 +149,7 @@ def _conv1d(
         padding: Of `F.conv1d`; ignored if `causal`.
         groups: Of `F.conv1d`.
         causal: Pad K - 1 zeros in front, and none behind.
-        packed: See `causal_conv1d`.
+        kept: See `causal_conv1d`.
 
     Returns:
         (B, O, L').
@@ -150,8 +161,8 @@ def _conv1d(
             x, padding = F.pad(x, [k - 1, 0]), 0
         return F.conv1d(x, weight, bias, [stride], [padding], groups=groups)
     if causal:
-        return causal_conv1d(x, weight, bias, groups, packed=packed)
-    return causal_conv1d(F.pad(x, [0, k // 2]), weight, bias, groups, packed=packed)[..., k // 2:].contiguous()
+        return causal_conv1d(x, weight, bias, groups, kept=kept)
+    return causal_conv1d(F.pad(x, [0, k // 2]), weight, bias, groups, kept=kept)[..., k // 2:].contiguous()
 
 
 class MergedConv1d(nn.Conv1d):
@@ -178,7 +189,7 @@ class MergedConv1d(nn.Conv1d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, 1, groups, bias, device=device, dtype=dtype)
         self.causal = causal
-        self.packed = cast(Optional[PackedKernel], None)
+        self.kept = cast(Optional[Kept], None)
 
     def reset_parameters(self) -> None:
         """Set the parameters to the start values of the unmerged network's small convolutions."""
@@ -189,7 +200,14 @@ class MergedConv1d(nn.Conv1d):
             return _conv1d(
                 x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal)
         return _conv1d(
-            x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal, self.packed)
+            x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups, self.causal, self.kept)
+
+    def measure(self, x: torch.Tensor) -> None:
+        """Let `kept` hold the fastest way to compute such inputs."""
+        k, padding = self.kernel_size[0], self.padding[0]
+        if self.stride[0] == 1 and (self.causal or (padding == k // 2 and k % 2 == 1)):  # as in `_conv1d`
+            x = x if self.causal else F.pad(x, [0, k // 2])
+            measure_dense(cast(Kept, self.kept), x, self.weight, self.bias, self.groups)
 
     def to_plain(self) -> nn.Module:
         """The same as an `nn.Conv1d`, or as an `nn.Sequential` of `pad` and `conv` if it is causal."""

@@ -1,73 +1,25 @@
 """Convolutions over channels with kernels as large as the input: causal in one dimension, "same" in two.
 
-Shapes: B batch, I and O channels in and out, L length (1-D), H and W height and width, K (and L in 2-D) kernel size.
+Shapes: B batch, I and O channels in and out, L length and K taps (1-D), H and W height and width, KH and KW those
+of the kernel (2-D).
 """
-import math
-import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from functools import partial
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import private, spectra
-from .backends import fft
-from .choice import check_backend, memory_format, prefers_transform, requested_backend
-from .dense_derivatives import Conv
-from .depthwise import autocast, check_exportable, check_types, is_exporting
+from . import _private
+from .autograd.dense import Conv
+from .backends import fft, spectra
+from .depthwise import autocast, check_types
+from .dispatch.choose import choose_over_channels
+from .dispatch.geometry import memory_format
+from .dispatch.kept import Kept
+from .dispatch.request import check_exportable, is_exporting, requested, requested_backend
 
-__all__ = ['PackedKernel', 'causal_conv1d', 'large_conv2d']
-
-
-class PackedKernel:
-    """The transform of a kernel, for the last size of input; copied and pickled without it.
-
-    It takes 2 to 8 times the memory of the kernel.
-    """
-
-    def __init__(self):
-        self._kept = None
-        self._fastest: Dict[Any, str] = {}
-        self.is_measuring = False  # at the next call
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {'_kept': None, '_fastest': {}, 'is_measuring': False}
-
-    def fastest(self, x: torch.Tensor) -> Optional[str]:
-        """The backend that was the fastest for such an input, None if it was not measured."""
-        return self._fastest.get(_kind(x))
-
-    def measure(self, run: Callable[[], torch.Tensor], x: torch.Tensor) -> None:
-        """Time `run`, which convolves x, by FFT and directly; the faster one computes such inputs from now on."""
-        self.is_measuring = False
-        times: Dict[str, float] = {}
-        for turn in range(4):  # the first is a warm-up
-            for backend in ('fft', 'native'):
-                if turn > 1 and times[backend] > 3 * min(times.values()):
-                    continue
-                self._fastest[_kind(x)] = backend
-                start = time.perf_counter()
-                run()
-                if turn:
-                    times[backend] = min(times.get(backend, math.inf), time.perf_counter() - start)
-        self._fastest[_kind(x)] = min(times, key=times.__getitem__)
-
-    def of(self, weight: torch.Tensor, size: Sequence[int], before: Sequence[int]) -> Optional[spectra.Kernel]:
-        """The transform, made again if the weight or the size of the input changed; None if it cannot be kept."""
-        if not _is_keepable(weight):
-            return None
-        made_for = (
-            weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, tuple(size), tuple(before))
-        kept = self._kept  # read once: threads may share it
-        if kept is None or kept[0] != made_for:
-            # Holding the weight, too, keeps its address from being reused.
-            kept = self._kept = made_for, spectra.transform(weight, size, before), weight.detach()
-        return kept[1]
-
-
-def _kind(x: torch.Tensor) -> Any:
-    """What the fastest backend depends on."""
-    return x.shape, x.dtype, torch.get_num_threads()
+__all__ = ['causal_conv1d', 'large_conv2d', 'measure_dense']
 
 
 def causal_conv1d(
@@ -76,7 +28,7 @@ def causal_conv1d(
         bias: Optional[torch.Tensor] = None,
         groups: int = 1,
         backend: Optional[str] = None,
-        packed: Optional[Any] = None,
+        kept: Optional[Any] = None,  # TorchScript cannot read `Kept`
 ) -> torch.Tensor:
     """`F.conv1d(F.pad(x, (K - 1, 0)), weight, bias, groups=groups)`, fast for kernels as long as the sequence.
 
@@ -91,8 +43,8 @@ def causal_conv1d(
         bias: (O,).
         groups: Of `F.conv1d`.
         backend: 'native' or 'fft' for this call and its gradients.
-        packed: A `PackedKernel`, which keeps the kernel's transform from one call to the next, where nothing is
-            recorded or compiled and the weight does not require gradients.
+        kept: A `Kept`, which holds the kernel's transform from one call to the next, where nothing is recorded or
+            compiled and the weight does not require gradients.
 
     Returns:
         (B, O, L).
@@ -111,8 +63,8 @@ def causal_conv1d(
         return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias, groups=groups)
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if has_torch_function(inputs):
-        return handle_torch_function(causal_conv1d, inputs, x, weight, bias, groups, backend, packed)
-    return _convolve(x, weight, bias, groups, backend, packed, causal=True)
+        return handle_torch_function(causal_conv1d, inputs, x, weight, bias, groups, backend, kept)
+    return _convolve(x, weight, bias, groups, backend, kept, causal=True)
 
 
 def large_conv2d(
@@ -120,9 +72,9 @@ def large_conv2d(
         weight: torch.Tensor,
         bias: Optional[torch.Tensor] = None,
         backend: Optional[str] = None,
-        packed: Optional[Any] = None,
+        kept: Optional[Any] = None,  # TorchScript cannot read `Kept`
 ) -> torch.Tensor:
-    """`F.conv2d(x, weight, bias, padding=(K // 2, L // 2))`, fast for kernels as large as the map.
+    """`F.conv2d(x, weight, bias, padding=(KH // 2, KW // 2))`, fast for kernels as large as the map.
 
     Differentiable any number of times in x, weight and bias. It is computed directly or by FFT, whichever costs less by
     a count of operations. The errors of an FFT are relative to the largest value of the image: on CPUs, images where
@@ -131,11 +83,11 @@ def large_conv2d(
 
     Args:
         x: (B, I, H, W).
-        weight: (O, I, K, L) with odd K and L.
+        weight: (O, I, KH, KW) with odd KH and KW.
         bias: (O,).
         backend: 'native', 'contiguous', 'channels_last' or 'fft' for this call and its gradients.
-        packed: A `PackedKernel`, which keeps the kernel's transform from one call to the next, where nothing is
-            recorded or compiled and the weight does not require gradients.
+        kept: A `Kept`, which holds the kernel's transform from one call to the next, where nothing is recorded or
+            compiled and the weight does not require gradients.
 
     Returns:
         (B, O, H, W).
@@ -153,8 +105,25 @@ def large_conv2d(
         return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if has_torch_function(inputs):
-        return handle_torch_function(large_conv2d, inputs, x, weight, bias, backend, packed)
-    return _convolve(x, weight, bias, 1, backend, packed, causal=False)
+        return handle_torch_function(large_conv2d, inputs, x, weight, bias, backend, kept)
+    return _convolve(x, weight, bias, 1, backend, kept, causal=False)
+
+
+class _Call(NamedTuple):
+    """A convolution without taps that meet nothing but padding.
+
+    Attributes:
+        weight: (O, I / groups, *K).
+        bias: (O,).
+        before: Zeros in front of the input, for each dimension.
+        groups: Of the channels.
+        kept: Where the kernel's transform is kept.
+    """
+    weight: torch.Tensor
+    bias: Optional[torch.Tensor]
+    before: List[int]
+    groups: int
+    kept: Optional[Kept]
 
 
 def _convolve(
@@ -163,76 +132,139 @@ def _convolve(
         bias: Optional[torch.Tensor],
         groups: int,
         backend: Optional[str],
-        packed: Optional[PackedKernel],
+        kept: Optional[Kept],
         causal: bool,
 ) -> torch.Tensor:
     """Causal in one dimension, or "same" in two."""
-    if backend is None:
-        backend = requested_backend()
-    else:
-        check_backend('backend', backend)
-    if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = autocast(x, dtype), autocast(weight, dtype), None if bias is None else autocast(bias, dtype)
+    backend = requested(backend)
+    x, weight, bias = _in_autocast(x, weight, bias)
     if not torch.jit.is_tracing():
         _check(x, weight, bias, groups, causal)
     if is_exporting():
         check_exportable(backend)
-        return _direct(x, weight, bias, _before(weight, causal), groups)
+        return _direct(x, weight, bias, _before(weight), groups)
     if backend is not None:
-        reason = _unsupported(backend, x, causal)
+        reason = _unsupported(backend, x)
         if reason is not None:
             raise ValueError(f'backend {backend!r} was requested and cannot run: {reason}')
-    before = _before(weight, causal)
-    for d, (n, k, p) in enumerate(zip(x.shape[2:], weight.shape[2:], before)):
-        first, end = max(0, p - n + 1), min(k, p + n)  # the other taps meet nothing but padding
-        if end - first < k:
-            weight, before[d] = weight.narrow(d + 2, first, end - first), p - first
     recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     compiling = torch.compiler.is_compiling()
-    keeps = packed is not None and groups == 1 and not recorded and not compiling and _is_keepable(weight)
-    if backend is None:
-        fastest = None
-        if packed is not None and keeps:
-            if packed.is_measuring and x.device.type == 'cpu' and _fits(x, weight):
-                packed.measure(lambda: _convolve(x, weight, bias, groups, None, packed, causal), x)
-            fastest = packed.fastest(x)
-        transforms = fft.unsupported(x) is None and (
-            prefers_transform(x, weight, before, groups, keeps) if fastest is None else fastest == 'fft')
-        backend = 'fft' if transforms else 'native'
-        values_known = x.device.type == 'cpu' and type(x) is torch.Tensor and not (
-            compiling or private.transforms_active() or private.dispatch_mode_active())
-        if transforms and values_known and x.numel() and _fits(x, weight):
-            accurate = spectra.is_accurate(x)  # (B,)
-            if not accurate.all():
-                which = accurate.nonzero().flatten(), (~accurate).nonzero().flatten()
-                parts = [
-                    _convolve(x[part], weight, bias, groups, name, packed, causal)
-                    for name, part in zip(('fft', 'native'), which) if len(part)]
-                return torch.cat(parts)[torch.cat(which).argsort()]
-    if x.shape[0] == 0:
-        backend = 'native'
-    if backend != 'fft':
-        dtype, layout = x.dtype, {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-        if x.device.type == 'cpu':
-            working = torch.promote_types(dtype, torch.float32)
-            x, weight, bias = x.to(working), weight.to(working), None if bias is None else bias.to(working)
-        if causal and 8 * before[0] < x.shape[2]:  # leaner and 10 % faster than with a padded copy that backward needs
-            return F.conv1d(x, weight, bias, padding=before, groups=groups)[..., :x.shape[2]].contiguous().to(dtype)
-        if backend == 'native' or private.transforms_active():
-            return _direct(x, weight, bias, before, groups).to(dtype)
-        y = _direct(x.contiguous(memory_format=layout[backend]), weight, bias, before, groups)
-        return y.to(dtype).contiguous(memory_format=memory_format(x))
-    if not compiling and (recorded or private.transforms_active() or private.forward_ad_active()):
+    keeps = kept is not None and groups == 1 and not recorded and not compiling and Kept.can_hold(weight)
+    call = _cropped(x, weight, bias, groups, kept if keeps else None)
+    if backend is not None:
+        return _compute(backend, x, call)
+    name = _fastest(x, call)
+    # Where values are known, images or sequences for which a transform is inaccurate are convolved directly.
+    if name == 'fft' and not compiling and x.device.type == 'cpu' and x.numel() and _fits(x, call.weight) and not (
+            type(x) is not torch.Tensor or _private.transforms_active() or _private.dispatch_mode_active()):
+        accurate = spectra.is_accurate(x)  # (B,)
+        if not accurate.all():
+            return _convolve_apart(x, call, accurate)
+    return _compute(name, x, call)
+
+
+def measure_dense(
+        kept: Kept,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        groups: int = 1,
+) -> Dict[str, float]:
+    """Time `causal_conv1d` or `large_conv2d` of such an input by FFT and directly, and let `kept` hold the faster one.
+
+    Returns:
+        Milliseconds. Nothing is measured, and the result empty, for tensors that are not on a CPU, several groups,
+        where a backend is requested, or where a direct convolution takes too much memory.
+    """
+    x, weight, bias = _in_autocast(x, weight, bias)
+    if x.device.type != 'cpu' or x.numel() == 0 or groups > 1 or requested_backend() or not Kept.can_hold(weight):
+        return {}
+    call = _cropped(x, weight, bias, groups, kept)
+    if not _fits(x, call.weight):
+        return {}
+    candidates = {name: partial(_compute, name, x, call) for name in ('native', 'fft')}
+    return kept.measure(_kind(x), candidates, candidates['native'](), x.dtype, f'x {tuple(x.shape)}')
+
+
+def _kind(x: torch.Tensor) -> Any:
+    """What the fastest backend depends on."""
+    return x.shape, x.dtype, torch.get_num_threads()
+
+
+def _fastest(x: torch.Tensor, call: _Call) -> str:
+    """The backend that was measured to be the fastest, or is expected to be: 'fft' or 'native'."""
+    name = None if call.kept is None else call.kept.fastest(_kind(x))
+    if fft.unsupported(x) is not None:
+        return 'native'
+    return name or choose_over_channels(x, call.weight, call.before, call.groups, call.kept is not None)
+
+
+def _convolve_apart(x: torch.Tensor, call: _Call, accurate: torch.Tensor) -> torch.Tensor:
+    """By FFT where that is accurate, (B,), and directly elsewhere."""
+    parts, order = [], []
+    for name, which in (('fft', accurate.nonzero().flatten()), ('native', (~accurate).nonzero().flatten())):
+        if len(which):
+            parts.append(_compute(name, x[which], call))
+            order.append(which)
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def _compute(backend: str, x: torch.Tensor, call: _Call) -> torch.Tensor:
+    """By one backend."""
+    if backend == 'fft' and x.shape[0]:
+        return _compute_by_fft(x, call)
+    layout = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}.get(backend)
+    weight, bias, before, groups, _ = call
+    dtype = x.dtype
+    if x.device.type == 'cpu':
+        working = torch.promote_types(dtype, torch.float32)
+        x, weight, bias = x.to(working), weight.to(working), None if bias is None else bias.to(working)
+    if x.ndim == 3 and 8 * before[0] < x.shape[2]:  # leaner and 10 % faster than a padded copy that backward needs
+        return F.conv1d(x, weight, bias, padding=before, groups=groups)[..., :x.shape[2]].contiguous().to(dtype)
+    if layout is None or _private.transforms_active():
+        return _direct(x, weight, bias, before, groups).to(dtype)
+    y = _direct(x.contiguous(memory_format=layout), weight, bias, before, groups)
+    return y.to(dtype).contiguous(memory_format=memory_format(x))
+
+
+def _compute_by_fft(x: torch.Tensor, call: _Call) -> torch.Tensor:
+    weight, bias, before, groups, kept = call
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (recorded or _private.transforms_active() or _private.forward_ad_active()):
         y = Conv.apply(x, weight, before, groups, False)
-    elif compiling or private.dispatch_mode_active() or type(x) is not torch.Tensor:
+    elif compiling or _private.dispatch_mode_active() or type(x) is not torch.Tensor:
         y = torch.ops.timm_smpconv.fft_conv(x, weight, before, groups, False)
     else:  # without the operator, which takes 0.15 ms
-        kernel = packed.of(weight, x.shape[2:], before) if packed is not None and keeps else None
+        size = tuple(x.shape[2:])
+        kernel = None if kept is None else kept.derived(
+            weight, (size, tuple(before)), spectra.transform, size, before)
         y = spectra.conv(x, weight, before, groups, kernel)
-    if bias is not None:
-        y = y + bias.view(-1, *[1] * len(before))
-    return y
+    return y if bias is None else y + bias.view(-1, *[1] * len(before))
+
+
+def _cropped(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        groups: int,
+        kept: Optional[Kept],
+) -> _Call:
+    """The call without the taps that meet nothing but padding."""
+    before = _before(weight)
+    for d, (n, k, p) in enumerate(zip(x.shape[2:], weight.shape[2:], before)):
+        first, end = max(0, p - n + 1), min(k, p + n)
+        if end - first < k:
+            weight, before[d] = weight.narrow(d + 2, first, end - first), p - first
+    return _Call(weight, bias, before, groups, kept)
+
+
+def _in_autocast(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]):
+    """The arguments as autocast makes them."""
+    if x.device.type == 'meta' or not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return autocast(x, dtype), autocast(weight, dtype), None if bias is None else autocast(bias, dtype)
 
 
 def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -240,16 +272,16 @@ def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return weight[0].numel() * x[0, 0].numel() * max(4, x.element_size()) < 2 ** 31
 
 
-def _before(weight: torch.Tensor, causal: bool) -> List[int]:
+def _before(weight: torch.Tensor) -> List[int]:
     """The zeros in front of the input, for each dimension."""
-    return [k - 1 if causal else k // 2 for k in weight.shape[2:]]
+    return [weight.shape[2] - 1] if weight.ndim == 3 else [k // 2 for k in weight.shape[2:]]
 
 
 def _direct(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
-        before: Sequence[int],
+        before: List[int],
         groups: int,
 ) -> torch.Tensor:
     """`F.conv1d` or `F.conv2d` of the size of x."""
@@ -258,16 +290,11 @@ def _direct(
     return F.conv2d(x, weight, bias, padding=before, groups=groups)
 
 
-def _is_keepable(weight: torch.Tensor) -> bool:
-    """Whether every change of the weight counts as a new version: not with fused optimizers, nor in inference mode."""
-    return not weight.is_inference() and not weight.requires_grad
-
-
-def _unsupported(backend: str, x: torch.Tensor, causal: bool) -> Optional[str]:
+def _unsupported(backend: str, x: torch.Tensor) -> Optional[str]:
     """Why a backend cannot run."""
     if backend == 'triton':
         return 'there is no Triton program for convolutions over channels'
-    if causal and backend in ('contiguous', 'channels_last'):
+    if x.ndim == 3 and backend in ('contiguous', 'channels_last'):
         return 'sequences have one memory format'
     return fft.unsupported(x) if backend == 'fft' else None
 
@@ -279,7 +306,7 @@ def _check(
         groups: int,
         causal: bool,
 ) -> None:
-    size, kernel_size = ('L', 'K') if causal else ('H, W', 'K, L')
+    size, kernel_size = ('L', 'K') if causal else ('H, W', 'KH, KW')
     if x.ndim != (3 if causal else 4):
         raise ValueError(f'x must be (B, I, {size}), got shape {tuple(x.shape)}')
     if 0 in x.shape[2:]:
@@ -295,7 +322,7 @@ def _check(
     if weight.shape[0] % groups:
         raise ValueError(f'groups must divide the {weight.shape[0]} channels of the output, got {groups}')
     if not causal and any(k % 2 == 0 for k in weight.shape[2:]):
-        raise ValueError(f'weight must have odd K and L, got shape {tuple(weight.shape)}')
+        raise ValueError(f'weight must have odd KH and KW, got shape {tuple(weight.shape)}')
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f'bias must be (O,) = ({weight.shape[0]},), got shape {tuple(bias.shape)}')
     check_types(x, weight, bias)

@@ -2,100 +2,76 @@
 
 `torch.compile` does the same with frozen weights, after half a minute and with a C++ compiler. This needs neither.
 
-There are several ways to compute one, see `WAYS`. 1×1 convolutions are matrix products: all those of `smpconv_tiny`,
+There are several plans to compute one, see `PLANS`. 1×1 convolutions are matrix products: all those of `smpconv_tiny`,
 channels_last, batch 1, take 54 ms as oneDNN's convolutions and 46 as its matrix products, and 43 with kept copies of
 the weights in a format of its own, which it otherwise makes before every product (2 cores, AVX-512, torch 2.14).
 
-Shapes: B batch, C and O channels in and out, H and W height and width, K and L height and width of the kernel.
+Shapes: B batch, C and O channels in and out, H and W height and width, KH and KW height and width of the kernel.
 """
-import logging
-import math
-import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from functools import partial
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import choice, cpu, private
+from . import _private
 from .backends import fft
-from .depthwise import check_exportable, depthwise_conv2d
+from .depthwise import depthwise_conv2d
+from .dispatch import cpu
+from .dispatch.choose import choose
+from .dispatch.geometry import Geometry, memory_format
+from .dispatch.kept import Kept
+from .dispatch.request import check_exportable, requested_backend
 
-__all__ = ['ACTIVATIONS', 'WAYS', 'PackedWeight', 'conv2d_in_steps', 'fused_conv2d', 'measure']
-
-_logger = logging.getLogger(__name__)
+__all__ = ['ACTIVATIONS', 'PLANS', 'conv2d_in_steps', 'fused_conv2d', 'measure_fused']
 
 ACTIVATIONS = ('none', 'relu', 'gelu')
 # oneDNN's matrix product and its convolution, with the activation; otherwise step by step: `F.conv2d`, or a large
 # depthwise convolution by one of its backends.
-WAYS = ('matrix product', 'one pass', 'native', 'contiguous', 'channels_last', 'fft')
+PLANS = ('matrix product', 'one pass', 'native', 'contiguous', 'channels_last', 'fft')
 
-_convolve: Any = private.pointwise_convolution()
-_multiply: Any = private.pointwise_linear()
-_ROUNDS = 5  # of `measure`
+_convolve: Any = _private.pointwise_convolution()
+_multiply: Any = _private.pointwise_linear()
 
 
-class _Geometry(NamedTuple):
-    """The arguments of `F.conv2d`."""
+class _Arguments(NamedTuple):
+    """Those of `F.conv2d` that are no tensors."""
     stride: Tuple[int, int]
     padding: Tuple[int, int]
     dilation: Tuple[int, int]
     groups: int
 
 
-class PackedWeight:
-    """What is derived from a weight: a copy in oneDNN's own format or a transform, for the last size of input.
-
-    And for inputs that were measured, the fastest way. Copied and pickled without any of it.
-    """
-
-    def __init__(self):
-        self._kept = None
-        self._fastest: Dict[Tuple, Tuple[str, float]] = {}
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {'_kept': None, '_fastest': {}}
-
-    def fastest(self, x: torch.Tensor, residual: Optional[torch.Tensor]) -> Optional[str]:
-        """The way that was the fastest for such an input, None if it was not measured."""
-        return self._fastest.get(_kind(x, residual), (None, 0.))[0]
-
-    def remember(self, x: torch.Tensor, residual: Optional[torch.Tensor], way: str, milliseconds: float) -> None:
-        """Compute such inputs this way from now on."""
-        self._fastest[_kind(x, residual)] = way, milliseconds
+class _Call(NamedTuple):
+    """What `fused_conv2d` is called with."""
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: Optional[torch.Tensor]
+    arguments: _Arguments
+    activation: str
+    residual: Optional[torch.Tensor]
 
     @property
-    def milliseconds(self) -> float:
-        """What the fastest ways take, of all inputs that were measured."""
-        return sum(time for _, time in self._fastest.values())
+    def tensors(self) -> List[torch.Tensor]:
+        return [t for t in (self.x, self.weight, self.bias, self.residual) if t is not None]
 
-    def of(
-            self,
-            weight: torch.Tensor,
-            x: torch.Tensor,
-            way: str,
-            derive: Callable[[], Optional[torch.Tensor]],
-    ) -> Optional[torch.Tensor]:
-        """What `derive` returns, called again if the weight or the size of x changed; None if it cannot be kept."""
-        # Such weights can change without a new version: fused optimizers count none.
-        if weight.is_inference() or weight.requires_grad:
-            return None
-        made_for = (way, weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, x.shape)
-        kept = self._kept  # read once: threads may share it
-        if kept is None or kept[0] != made_for:
-            derived = derive()
-            if derived is None:
-                return None
-            # Holding the weight, too, keeps its address from being reused.
-            kept = self._kept = made_for, derived, weight.detach()
-        return kept[1]
+    @property
+    def kind(self) -> Tuple:
+        """What the fastest plan depends on."""
+        x, residual = self.x, self.residual
+        added = None if residual is None else (residual.shape, memory_format(residual))
+        return x.shape, x.dtype, memory_format(x), added, torch.get_num_threads()
 
+    def is_same_depthwise(self) -> bool:
+        """Whether `depthwise_conv2d` computes the convolution."""
+        return self.weight.ndim == 4 and self.x.shape[1] == self.weight.shape[0] and _is_same_depthwise(
+            self.weight, *self.arguments)
 
-def _kind(x: torch.Tensor, residual: Optional[torch.Tensor]) -> Tuple:
-    """What the fastest way depends on."""
-    added = None if residual is None else (residual.shape, choice.memory_format(residual))
-    return x.shape, x.dtype, choice.memory_format(x), added, torch.get_num_threads()
+    def geometry(self) -> Geometry:
+        """Of the depthwise convolution."""
+        return Geometry.of('output', self.x, self.weight.shape[2], self.weight.shape[3])
 
 
 def fused_conv2d(
@@ -108,7 +84,7 @@ def fused_conv2d(
         groups: int = 1,
         activation: str = 'none',
         residual: Optional[torch.Tensor] = None,
-        packed: Optional[PackedWeight] = None,
+        kept: Optional[Kept] = None,
 ) -> torch.Tensor:
     """`activation(F.conv2d(x, weight, bias, stride, padding, dilation, groups)) + residual`.
 
@@ -117,7 +93,7 @@ def fused_conv2d(
 
     Args:
         x: (B, C, H, W).
-        weight: (O, C / groups, K, L).
+        weight: (O, C / groups, KH, KW).
         bias: (O,).
         stride: Of `F.conv2d`, a pair.
         padding: Of `F.conv2d`, a pair.
@@ -125,7 +101,7 @@ def fused_conv2d(
         groups: Of `F.conv2d`.
         activation: One of `ACTIVATIONS`; 'gelu' is the exact one, with the error function.
         residual: (B, O, H', W'), the shape of the result. It is not changed.
-        packed: Keeps what is derived from the weight from one call to the next, if it does not require gradients.
+        kept: Holds what is derived from the weight from one call to the next, if it does not require gradients.
 
     Returns:
         (B, O, H', W'). GELU in one pass turns infinity into NaN; everything else is the same in both ways.
@@ -141,20 +117,18 @@ def fused_conv2d(
             return handle_torch_function(
                 conv2d_in_steps, inputs, x, weight, bias, stride, padding, dilation, groups, activation, residual)
         return handle_torch_function(
-            fused_conv2d, inputs, x, weight, bias, stride, padding, dilation, groups, activation, residual, packed)
+            fused_conv2d, inputs, x, weight, bias, stride, padding, dilation, groups, activation, residual, kept)
     if torch.jit.is_tracing() and groups > 1:
-        check_exportable(choice.requested_backend())
-    geometry = _Geometry(stride, padding, dilation, groups)
-    if not _is_free(inputs, x):
+        check_exportable(requested_backend())
+    call = _Call(x, weight, bias, _Arguments(stride, padding, dilation, groups), activation, residual)
+    if not _is_free(call):
         return conv2d_in_steps(x, weight, bias, stride, padding, dilation, groups, activation, residual)
-    way = None if packed is None else packed.fastest(x, residual)
-    if way is None:
-        way = _expected_fastest(x, weight, geometry, residual, packed)
-    return _compute(way, x, weight, bias, geometry, activation, residual, packed)
+    plan = None if kept is None else kept.fastest(call.kind)
+    return _compute(plan or _expected_fastest(call, kept), call, kept)
 
 
-def measure(
-        packed: PackedWeight,
+def measure_fused(
+        kept: Kept,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
@@ -165,50 +139,23 @@ def measure(
         activation: str,
         residual: Optional[torch.Tensor] = None,
 ) -> Dict[str, float]:
-    """Time all ways to compute `fused_conv2d` for such an input, and let `packed` remember the fastest.
+    """Time all plans to compute `fused_conv2d` for such an input, and let `kept` hold the fastest.
 
     Returns:
-        Milliseconds of each way. A way that fails or differs from `F.conv2d` is left out. Nothing is measured, and the
-        result empty, where the images make NaN or infinity, or where not the result alone counts.
+        Milliseconds of each plan. A plan that fails or differs from `F.conv2d` is left out. Nothing is measured, and
+        the result empty, where the images make NaN or infinity, or where not the result alone counts.
     """
-    if not _is_free([t for t in (x, weight, bias, residual) if t is not None], x):
+    call = _Call(x, weight, bias, _Arguments(stride, padding, dilation, groups), activation, residual)
+    if not _is_free(call):
         return {}
-    geometry = _Geometry(stride, padding, dilation, groups)
     # In float32 at least: there are convolutions in bfloat16 that never return.
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     expected = conv2d_in_steps(
-        x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), stride, padding, dilation, groups,
-        activation, None if residual is None else residual.to(wide), 'native')
-    if not expected.isfinite().all():
-        return {}
-    limit = (1e-4 if x.element_size() > 2 else 5e-2) * expected.abs().amax()
-    times: Dict[str, List[float]] = {}
-    for way in _ways(x, weight, geometry, residual):
-        try:
-            y = _compute(way, x, weight, bias, geometry, activation, residual, None)
-        except RuntimeError as error:
-            _logger.warning('%s is left out for x %s: %s', way, tuple(x.shape), error)
-            continue
-        if (y - expected).abs().amax() <= limit:
-            times[way] = []
-        else:
-            _logger.warning('%s is left out: it differs from F.conv2d for x %s', way, tuple(x.shape))
-    for _ in range(_ROUNDS):
-        best = min((min(found) for found in times.values() if found), default=math.inf)
-        for way, found in times.items():
-            if found and min(found) > 1.5 * best:
-                continue
-            keeper = PackedWeight()
-            for _ in range(2):  # packs, and for the first time lets oneDNN compile
-                _compute(way, x, weight, bias, geometry, activation, residual, keeper)
-            start = time.perf_counter()
-            _compute(way, x, weight, bias, geometry, activation, residual, keeper)
-            found.append(1e3 * (time.perf_counter() - start))
-    medians = {way: sorted(found)[len(found) // 2] for way, found in times.items() if found}
-    if medians:
-        fastest = min(medians, key=medians.__getitem__)
-        packed.remember(x, residual, fastest, medians[fastest])
-    return medians
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *call.arguments, activation,
+        None if residual is None else residual.to(dtype), 'native')
+    # What each derives from the weight is kept apart, so that it derives it once.
+    candidates = {plan: partial(_compute, plan, call, Kept()) for plan in _plans(call)}
+    return kept.measure(call.kind, candidates, expected, x.dtype, f'x {tuple(x.shape)}')
 
 
 def conv2d_in_steps(
@@ -242,139 +189,110 @@ def _is_same_depthwise(
         dilation: Tuple[int, int],
         groups: int,
 ) -> bool:
-    """Whether `depthwise_conv2d` computes this convolution."""
-    channels, inputs, k, l = weight.shape
-    if groups != channels or inputs != 1 or k % 2 == 0 or l % 2 == 0:
+    """Whether this is a depthwise convolution of odd kernels that keeps the size."""
+    channels, inputs, kh, kw = weight.shape
+    if groups != channels or inputs != 1 or kh % 2 == 0 or kw % 2 == 0:
         return False
     ones = stride[0] == 1 and stride[1] == 1 and dilation[0] == 1 and dilation[1] == 1
-    return ones and padding[0] == k // 2 and padding[1] == l // 2
+    return ones and padding[0] == kh // 2 and padding[1] == kw // 2
 
 
-def _is_free(inputs: List[torch.Tensor], x: torch.Tensor) -> bool:
+def _is_free(call: _Call) -> bool:
     """Whether nothing but the result counts: nothing is recorded, compiled, transformed, watched or requested.
 
     Invalid dtypes are not free: they fall through to the standard operators, which raise.
     """
+    x, tensors = call.x, call.tensors
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'):
         return False
     if x.device.type != 'cpu' or x.ndim != 4 or x.numel() == 0 or not torch.backends.mkldnn.enabled:
         return False
-    if private.transforms_active() or private.forward_ad_active() or private.dispatch_mode_active():
+    if _private.transforms_active() or _private.forward_ad_active() or _private.dispatch_mode_active():
         return False
-    if choice.requested_backend() is not None:
+    if requested_backend() is not None:
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in inputs):
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
         return False
-    return all(t.dtype == x.dtype and t.device == x.device for t in inputs)
+    return all(t.dtype == x.dtype and t.device == x.device for t in tensors)
 
 
-def _fits_one_pass(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        geometry: _Geometry,
-        residual: Optional[torch.Tensor],
-) -> bool:
+def _fits_one_pass(call: _Call) -> bool:
     """Whether one pass is available and equivalent. Invalid shapes do not fit."""
+    x, weight, residual = call.x, call.weight, call.residual
+    stride, padding, dilation, groups = call.arguments
     if _convolve is None or not cpu.HERE.fuses(x.dtype):
         return False
-    if weight.ndim != 4 or x.shape[1] != weight.shape[1] * geometry.groups or min(geometry.stride) < 1:
+    if weight.ndim != 4 or x.shape[1] != weight.shape[1] * groups or min(stride) < 1:
         return False
     size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(x.shape[2:], geometry.padding, geometry.dilation, weight.shape[2:], geometry.stride)]
-    if min(size) < 1 or choice.memory_format(x) != torch.channels_last:
+        for n, p, d, k, s in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)]
+    if min(size) < 1 or memory_format(x) != torch.channels_last:
         return False
     if residual is not None:
         if residual.shape != (x.shape[0], weight.shape[0], *size):
             return False
-        if choice.memory_format(residual) != torch.channels_last:
+        if memory_format(residual) != torch.channels_last:
             return False
-    if not _is_same_depthwise(weight, *geometry):
-        return True
-    k, l = weight.shape[2:]
-    _, dx = choice.margins(x, k, l)
-    return choice.working_dtype(x, l - 2 * dx) == x.dtype
+    return not call.is_same_depthwise() or call.geometry().cropped().dtype == x.dtype
 
 
-def _is_product(weight: torch.Tensor, geometry: _Geometry) -> bool:
-    """Whether a convolution is a matrix product over channels."""
+def _is_product(call: _Call) -> bool:
+    """Whether the convolution is a matrix product over channels."""
     return (
-        _multiply is not None and geometry.groups == 1 and weight.shape[2:] == (1, 1)
-        and geometry.stride == (1, 1) and geometry.padding == (0, 0))
+        _multiply is not None and call.arguments.groups == 1 and call.weight.shape[2:] == (1, 1)
+        and call.arguments.stride == (1, 1) and call.arguments.padding == (0, 0))
 
 
-def _ways(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        geometry: _Geometry,
-        residual: Optional[torch.Tensor],
-) -> List[str]:
-    """The ways that are available."""
+def _plans(call: _Call) -> List[str]:
+    """The plans that are available."""
     found = []
-    if _fits_one_pass(x, weight, geometry, residual):
-        found = ['matrix product', 'one pass'] if _is_product(weight, geometry) else ['one pass']
+    if _fits_one_pass(call):
+        found = ['matrix product', 'one pass'] if _is_product(call) else ['one pass']
     found.append('native')
-    if _is_same_depthwise(weight, *geometry):
-        _, dx = choice.margins(x, weight.shape[2], weight.shape[3])
-        other = 'contiguous' if choice.memory_format(x) == torch.channels_last else 'channels_last'
-        if choice.working_dtype(x, weight.shape[3] - 2 * dx) != x.dtype:
+    if call.is_same_depthwise():
+        g = call.geometry()
+        if g.cropped().dtype != g.dtype:
             return ['fft']  # the others are slow, or never return
-        found += [other, 'fft']
+        found += ['contiguous' if g.channels_last else 'channels_last', 'fft']
     return found
 
 
-def _expected_fastest(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        geometry: _Geometry,
-        residual: Optional[torch.Tensor],
-        packed: Optional[PackedWeight],
-) -> Optional[str]:
-    """The way to take without a measurement; None for standard operators."""
-    fits = _fits_one_pass(x, weight, geometry, residual)
-    if fits and not _is_same_depthwise(weight, *geometry):
-        return 'matrix product' if _is_product(weight, geometry) else 'one pass'
-    if weight.ndim == 4 and _is_same_depthwise(weight, *geometry) and x.shape[1] == weight.shape[0]:
-        backend = choice.choose('output', x, weight.shape[2], weight.shape[3])
-        if fits and backend in ('native', 'channels_last'):
-            return 'one pass'
-        if backend == 'fft' and packed is not None:
-            return 'fft'
-    return None
+def _expected_fastest(call: _Call, kept: Optional[Kept]) -> Optional[str]:
+    """The plan without a measurement; None for standard operators."""
+    fits = _fits_one_pass(call)
+    if not call.is_same_depthwise():
+        return None if not fits else 'matrix product' if _is_product(call) else 'one pass'
+    backend = choose(call.geometry())
+    if fits and backend in ('native', 'channels_last'):
+        return 'one pass'
+    return 'fft' if backend == 'fft' and kept is not None else None
 
 
-def _compute(
-        way: Optional[str],
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        geometry: _Geometry,
-        activation: str,
-        residual: Optional[torch.Tensor],
-        packed: Optional[PackedWeight],
-) -> torch.Tensor:
-    """`fused_conv2d` one way; None stands for standard operators."""
-    if way not in ('matrix product', 'one pass', 'fft'):
-        return conv2d_in_steps(x, weight, bias, *geometry, activation, residual, way)
-    if _is_same_depthwise(weight, *geometry):
-        dy, dx = choice.margins(x, weight.shape[2], weight.shape[3])
-        weight = weight[:, :, dy:weight.shape[2] - dy, dx:weight.shape[3] - dx]
-        geometry = geometry._replace(padding=(geometry.padding[0] - dy, geometry.padding[1] - dx))
-    if way == 'fft':
+def _compute(plan: Optional[str], call: _Call, kept: Optional[Kept]) -> torch.Tensor:
+    """`fused_conv2d` by a plan; None stands for standard operators."""
+    x, weight, bias, arguments, activation, residual = call
+    if plan not in ('matrix product', 'one pass', 'fft'):
+        return conv2d_in_steps(x, weight, bias, *arguments, activation, residual, plan)
+    if call.is_same_depthwise():
+        g = call.geometry()
+        weight, (dy, dx) = g.crop(weight), g.margins
+        arguments = arguments._replace(padding=(arguments.padding[0] - dy, arguments.padding[1] - dx))
+    if plan == 'fft':
         if not fft.is_accurate(x, weight):
-            return conv2d_in_steps(x, weight, bias, *geometry, activation, residual)
-        kernel = None if packed is None else packed.of(
-            weight, x, way, lambda: fft.transform(weight, x.shape[2], x.shape[3]))
+            return conv2d_in_steps(x, weight, bias, *arguments, activation, residual)
+        kernel = None if kept is None else kept.derived(
+            weight, ('fft', x.shape), fft.transform, x.shape[2], x.shape[3])
         return _finish(fft.conv(x, weight, bias, kernel), activation, residual)
     bias = None if bias is None else bias.contiguous()  # oneDNN ignores its strides
     fused = 'gelu' if activation == 'gelu' else 'none'
     added = residual if activation == 'none' else None
-    if way == 'matrix product':
-        y = _product(x, weight, bias, fused, added, packed)
+    if plan == 'matrix product':
+        y = _product(x, weight, bias, fused, added, kept)
     else:
-        y = _convolution(x, weight, bias, geometry, fused, added, packed)
+        y = _convolution(x, weight, bias, arguments, fused, added, kept)
     return _finish(y, 'relu' if activation == 'relu' else 'none', None if added is residual else residual)
 
 
@@ -382,16 +300,16 @@ def _convolution(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
-        geometry: _Geometry,
+        arguments: _Arguments,
         activation: str,
         added: Optional[torch.Tensor],
-        packed: Optional[PackedWeight],
+        kept: Optional[Kept],
 ) -> torch.Tensor:
     """With a GELU or an addition."""
-    stride, padding, dilation, groups = geometry
-    if packed is not None:
-        copy = packed.of(weight, x, 'one pass', lambda: private.reordered_weight(
-            weight, padding, stride, dilation, groups, x.shape))
+    stride, padding, dilation, groups = arguments
+    if kept is not None:
+        copy = kept.derived(
+            weight, ('one pass', x.shape), _private.reordered_weight, padding, stride, dilation, groups, x.shape)
         weight = weight if copy is None else copy
     if added is not None:
         return _convolve.binary(
@@ -405,15 +323,14 @@ def _product(
         bias: Optional[torch.Tensor],
         activation: str,
         added: Optional[torch.Tensor],
-        packed: Optional[PackedWeight],
+        kept: Optional[Kept],
 ) -> torch.Tensor:
     """A 1×1 convolution of a channels_last x as a matrix product, with a GELU or an addition."""
     b, c, h, w = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, c)  # (B H W, C), a view
     matrix = weight.reshape(-1, c)
-    if packed is not None:
-        copy = packed.of(
-            weight, x, 'matrix product', lambda: private.reordered_matrix(matrix.detach(), rows.shape[0]))
+    if kept is not None:
+        copy = kept.derived(weight, ('matrix product', x.shape), _private.reordered_matrix, rows.shape[0])
         matrix = matrix if copy is None else copy
     if added is not None:
         y = _multiply.binary(rows, added.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]), matrix, bias, 'add')
@@ -436,5 +353,7 @@ def _gelu(y: torch.Tensor) -> torch.Tensor:
     if torch.jit.is_scripting():
         return F.gelu(y)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return F.gelu(y)
+    if _private.transforms_active():  # `gelu_` has no batching rule
         return F.gelu(y)
     return torch.ops.aten.gelu_(y)

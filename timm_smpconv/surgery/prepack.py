@@ -2,13 +2,13 @@
 
 Shapes: B batch, C channels, H and W height and width.
 """
-from typing import Any, Dict, Optional, Tuple, cast
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from ..layers.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
-from ..ops import PackedKernel, PackedWeight, measure
+from ..ops import Kept
 
 __all__ = ['prepack']
 
@@ -51,8 +51,8 @@ def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Modul
         raise ValueError('model must be in evaluation mode to be measured with images: call eval() first')
     model.requires_grad_(False)
     for module in merged:
-        if module.packed is None or images is None:
-            module.packed = PackedWeight() if isinstance(module, MergedConv2d) else PackedKernel()
+        if module.kept is None or images is None:
+            module.kept = Kept()
     if images is not None:
         with torch.no_grad():
             hooks = [module.register_forward_pre_hook(_measure, with_kwargs=True) for module in merged]
@@ -61,18 +61,9 @@ def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Modul
             finally:
                 for hook in hooks:
                     hook.remove()
-                for module in merged:
-                    if isinstance(module.packed, PackedKernel):
-                        module.packed.is_measuring = False
     return model
 
 
 def _measure(module: Any, args: Tuple[torch.Tensor, ...], kwargs: Dict[str, torch.Tensor]) -> None:
     """A forward pre-hook: time the ways to compute this convolution, and remember the fastest."""
-    if isinstance(module, MergedConv2d):
-        inputs = dict(zip(('x', 'residual'), args), **kwargs)
-        measure(
-            cast(PackedWeight, module.packed), inputs['x'], module.weight, module.bias, module.stride, module.padding,
-            module.dilation, module.groups, module.activation, inputs.get('residual'))
-    else:
-        module.packed.is_measuring = True
+    module.measure(*args, **kwargs)

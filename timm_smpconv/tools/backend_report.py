@@ -1,17 +1,15 @@
 """What this machine takes for the depthwise convolutions of a model, and why: `timm-smpconv backends`.
 
-Shapes: B batch, C channels, H and W height and width of the map, K and L height and width of the kernel.
+Shapes: B batch, C channels, H and W height and width of the map, KH and KW height and width of the kernel.
 """
 import itertools
 import math
 import os
 import platform
 import re
-import statistics
-import time
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, cast
 
 import timm
 import torch
@@ -19,56 +17,20 @@ import torch
 from .. import __version__
 from ..layers.small_conv import DepthwiseConv2d
 from ..layers.smp_conv import SMPConv2d
-from ..ops import choice, costs, derivatives, race
-from ..ops.backends import BACKENDS, RACED
-from ..ops.choice import PASSES
+from ..ops import BACKENDS, Kept
+from ..ops.dispatch import costs, run as passes
+from ..ops.dispatch.choose import choose
+from ..ops.dispatch.geometry import FORMATS, PASSES, Geometry
+from ..ops.dispatch.timing import timing
 
 __all__ = [
-    'PASSES', 'Case', 'Result', 'cases', 'expect', 'header', 'inputs', 'machine', 'measure', 'measure_all', 'page',
+    'PASSES', 'Geometry', 'Result', 'cases', 'expect', 'header', 'inputs', 'machine', 'measure', 'measure_all', 'page',
     'rates', 'row', 'run', 'summary']
 
 SLOW = 3  # times slower than the fastest: not timed again
 SECONDS = 0.25  # that the rounds of a case take, about
-_ROUNDS = 3, 15  # at least and at most
-# Calls to warm up: 5, or 3 if they take 0.05 s. oneDNN compiles for milliseconds in the first two: the weight gradient
-# of C 768, 7×7, 5×5 takes 13.2, 6.8, 2.1, 1.8 ms, then 1.5. A call of 0.2 s does not do that in the main.
-_WARM, _LONG = 0.05, 0.2
-_clock = time.perf_counter
-
+ROUNDS = 15  # at most
 Run = Callable[[], torch.Tensor]
-
-
-class Case(NamedTuple):
-    """One pass of a convolution.
-
-    Attributes:
-        what: 'output', 'input gradient' or 'weight gradient'.
-        b: B, and so on.
-        channels_last: The memory format, contiguous otherwise.
-        dtype: Of the input and the weight.
-        device: 'cpu' or 'cuda'.
-    """
-    what: str
-    b: int
-    c: int
-    h: int
-    w: int
-    k: int
-    l: int
-    channels_last: bool = False
-    dtype: torch.dtype = torch.float32
-    device: str = 'cpu'
-
-    @property
-    def setting(self) -> str:
-        """What the cases of a table have in common."""
-        return f'batch {self.b}, {_FORMATS[self.channels_last]}, {str(self.dtype)[6:]}, {self.device}'
-
-    def __str__(self) -> str:
-        return f'C {self.c}, {self.h}×{self.w}, {self.k}×{self.l}, {self.what}, {self.setting}'
-
-
-_FORMATS = {False: 'contiguous', True: 'channels_last'}
 
 
 class Result(NamedTuple):
@@ -81,7 +43,7 @@ class Result(NamedTuple):
         times: The milliseconds measured.
         note: What else decides.
     """
-    case: Case
+    case: Geometry
     taken: str
     expected: Dict[str, float]
     times: Dict[str, float]
@@ -100,7 +62,7 @@ def cases(
         channels_last: Sequence[bool] = (False,),
         dtype: torch.dtype = torch.float32,
         device: str = 'cpu',
-) -> List[Case]:
+) -> List[Geometry]:
     """The passes of a model's distinct depthwise convolutions: the large kernels and the branches beside them.
 
     3×3 kernels are left out: those are always 'native'.
@@ -125,7 +87,7 @@ def cases(
         C 96, 56×56, 31×31, weight gradient, batch 1, contiguous, float32, cpu
         C 96, 56×56, 5×5, output, batch 1, contiguous, float32, cpu
     """
-    found: Dict[Tuple[int, int, int, int, int], None] = {}  # (C, H, W, K, L), in order
+    found: Dict[Tuple[int, int, int, int, int], None] = {}  # (C, H, W, KH, KW), in order
 
     def collect(module, inputs, output):
         found[*inputs[0].shape[1:], *module.kernel_size] = None
@@ -141,7 +103,7 @@ def cases(
         for hook in hooks:
             hook.remove()
     return [
-        Case(what, b, *sizes, last, dtype, device)
+        Geometry(what, b, *sizes, last, dtype, device)
         for b, last, sizes, what in itertools.product(batch, channels_last, found, PASSES)]
 
 
@@ -152,24 +114,24 @@ def _has_backends(module: torch.nn.Module) -> bool:
     return ours and math.prod(module.kernel_size) > 9  # type: ignore[arg-type]
 
 
-def inputs(case: Case) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random x (B, C, H, W) and weight (C, 1, K, L), and a gradient of the output."""
+def inputs(case: Geometry) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random x (B, C, H, W) and weight (C, 1, KH, KW), and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
 
     def image() -> torch.Tensor:
         return torch.randn(case.b, case.c, case.h, case.w, generator=generator).to(
             case.device, case.dtype, memory_format=_memory_format(case))
 
-    weight = torch.randn(case.c, 1, case.k, case.l, generator=generator) / math.sqrt(case.k * case.l)
+    weight = torch.randn(case.c, 1, case.kh, case.kw, generator=generator) / math.sqrt(case.kh * case.kw)
     return image(), weight.to(case.device, case.dtype), image()
 
 
-def _memory_format(case: Case) -> torch.memory_format:
+def _memory_format(case: Geometry) -> torch.memory_format:
     return torch.channels_last if case.channels_last else torch.contiguous_format
 
 
 def run(
-        case: Case,
+        case: Geometry,
         x: torch.Tensor,
         weight: torch.Tensor,
         grad: torch.Tensor,
@@ -178,45 +140,43 @@ def run(
     """Compute a pass by a backend, or by the chosen one, as `depthwise_conv2d` does."""
     dtype = x.dtype
     if backend is not None:  # the choice also says in which dtype to compute
-        working = choice.working_dtype(x, case.l - 2 * choice.margins(x, case.k, case.l)[1])
-        x, weight, grad = x.to(working), weight.to(working), grad.to(working)
+        x, weight, grad = (t.to(case.cropped().dtype) for t in (x, weight, grad))
     if case.what == 'output':
-        y = derivatives.conv(x, weight, None, backend)
+        y = passes.conv(x, weight, None, backend)
     elif case.what == 'input gradient':
-        y = derivatives.input_gradient(grad, x, weight, backend)
+        y = cast(torch.Tensor, passes.gradients(grad, x, weight, backend, (True, False))[0])
     else:
-        y = derivatives.corr(grad, x, case.k, case.l, backend)
+        y = passes.weight_gradient(grad, x, case.kh, case.kw, backend)
     return y.to(dtype)
 
 
-def expect(case: Case) -> Result:
-    """The backend taken and, on the CPU, the expected times that decide it; on CUDA, what would race."""
+def expect(case: Geometry) -> Result:
+    """The backend taken and, on the CPU, the expected times that decide it; on CUDA, which backends can run."""
     # On CUDA the shape alone is asked for, and every backend says of a meta tensor what it says of one on CUDA.
     device = 'cpu' if case.device == 'cpu' else 'meta'
     x = torch.empty(case.b, case.c, case.h, case.w, dtype=case.dtype, device=device, memory_format=_memory_format(case))
-    size = case.k, case.l
-    taken = choice.select(case.what, x, size, None, lambda: True)
+    taken = choose(case)
     if case.device != 'cpu':
-        reasons = {name: backend.unsupported(x) for name, backend in RACED.items()}
-        racing = ', '.join(name for name, reason in reasons.items() if reason is None)
+        reasons = {name: backend.unsupported(x) for name, backend in BACKENDS.items()}
+        able = ', '.join(name for name, reason in reasons.items() if reason is None)
         missing = ''.join(f'; not {reason}' for reason in dict.fromkeys(filter(None, reasons.values())))
-        return Result(case, taken, {}, {}, f'would race: {racing}{missing}')
-    cost = choice.case_of(case.what, x, *size)
+        return Result(case, taken, {}, {}, f'in benchmark mode the fastest of {able}{missing}')
+    cost = case.cropped()
     times = costs.expected(cost)
     expected = {name: times[name] / 1e6 for name in _backends(case, x)}
     note = ''
-    if cost.k * cost.l <= 9 or min(cost.k, cost.l) == 1:
-        note = f'{cost.k}×{cost.l} taps meet the map: always native'
-    elif case.what == 'input gradient' and taken != 'fft' and 'fft' == choice.choose(
-            'weight gradient', x, *size) == choice.choose(case.what, x, *size, is_transformed=True):
+    if cost.kh * cost.kw <= 9 or min(cost.kh, cost.kw) == 1:
+        note = f'{cost.kh}×{cost.kw} taps meet the map: always native'
+    elif case.what == 'input gradient' and taken != 'fft' and 'fft' == choose(
+            case._replace(what='weight gradient')) == choose(case, is_transformed=True):
         note = 'beside the weight gradient fft, with one transform for both'
     return Result(case, taken, expected, {}, note)
 
 
-def _backends(case: Case, x: torch.Tensor) -> List[str]:
+def _backends(case: Geometry, x: torch.Tensor) -> List[str]:
     """Those that run on the CPU, without the one that is the same as 'native'."""
     names = [name for name, backend in BACKENDS.items() if backend.unsupported(x) is None]
-    same = _FORMATS[case.channels_last]
+    same = FORMATS[case.channels_last]
     # As 'channels_last', a weight gradient in half precision is computed in float32.
     if case.what == 'output' or (
             case.what == 'weight gradient' and (same == 'contiguous' or x.dtype.itemsize >= 4)):
@@ -226,12 +186,12 @@ def _backends(case: Case, x: torch.Tensor) -> List[str]:
 
 
 def measure(
-        case: Case,
+        case: Geometry,
         skip: Iterable[str] = (),
-        check: Optional[Callable[[Case, str, torch.Tensor], None]] = None,
+        check: Optional[Callable[[Geometry, str, torch.Tensor], None]] = None,
         seconds: float = SECONDS,
 ) -> Result:
-    """What `expect` says, and the time of every backend; on CUDA the race and its times.
+    """What `expect` says, and the time of every backend; on CUDA of those that are right: the fastest is taken.
 
     Times are medians of rounds in which the backends take turns. One that takes more than `SLOW` times as long as the
     fastest once it is warm has no part in them.
@@ -246,76 +206,35 @@ def measure(
     tensors = inputs(case)
     with torch.inference_mode():
         if case.device != 'cpu':
-            return _raced(found, tensors)
-        # The expected to be fastest first: a slow one is then known at its first call.
-        names = sorted(found.expected, key=lambda name: found.expected[name])
-        runs: Dict[str, Run] = {
-            name: partial(run, case, *tensors, name) for name in names if name not in skip or name == found.taken}
+            return _measured_as_in_benchmark_mode(found, tensors)
+        names = [name for name in found.expected if name not in skip or name == found.taken]
+        runs: Dict[str, Run] = {name: partial(run, case, *tensors, name) for name in names}
         if check:
             for name, compute in runs.items():
                 check(case, name, compute())
-        times = _times(runs, seconds)
-    return found._replace(times={name: times[name] for name in found.expected if name in times})
+        times = timing(runs, ROUNDS, warmup=5, slow=SLOW, seconds=seconds)
+    return found._replace(times=times)
 
 
-def _times(runs: Dict[str, Run], seconds: float) -> Dict[str, float]:
-    """Milliseconds of each, medians."""
-    warm: Dict[str, float] = {}
-    for name, compute in runs.items():
-        best = min(warm.values(), default=math.inf)
-        calls = [_time(compute)]
-        while len(calls) < 5 and (
-                sum(calls) < _WARM or (len(calls) < 3 and (calls[0] < _LONG or calls[0] <= SLOW * best))):
-            calls.append(_time(compute))
-        warm[name] = min(calls)
-    running = [name for name in runs if warm[name] <= SLOW * min(warm.values())]
-    times: Dict[str, List[float]] = {name: [] if name in running else [warm[name]] for name in runs}
-    low, high = _ROUNDS
-    rounds = seconds / max(2 * sum(warm[name] for name in running), 1e-9)
-    for _ in range(int(min(max(rounds, low), high))):
-        for name in running:
-            runs[name]()  # untimed: what ran before it then does not count
-            times[name].append(_time(runs[name]))
-    return {name: 1e3 * statistics.median(found) for name, found in times.items()}
-
-
-def _time(compute: Run) -> float:
-    start = _clock()
-    compute()
-    return _clock() - start
-
-
-def _raced(found: Result, tensors: Tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Result:
-    """Run the pass with `torch.backends.cudnn.benchmark`, and what the race remembers of it."""
-    case, (x, weight, grad) = found.case, tensors
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        run(case, x, weight, grad)
-    finally:
-        torch.backends.cudnn.benchmark = before
-    dy, dx = choice.margins(x, case.k, case.l)
-    first, second = (grad, None) if case.what == 'input gradient' else (x, None)
-    if case.what == 'weight gradient':
-        second = grad
-    key = race.make_key(case.what, first, case.k - 2 * dy, case.l - 2 * dx, second)
-    for record in race.remembered():
-        if (record.case, record.bucket) == (key.case, key.bucket):
-            dropped = '; '.join(f'{name} dropped: {reason}' for name, reason in record.dropped.items())
-            return found._replace(taken=record.winner, times=record.times, note=dropped)
-    return found._replace(note='no race took place')
+def _measured_as_in_benchmark_mode(found: Result, tensors: Tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Result:
+    case, x = found.case, tensors[0]
+    runs = {
+        name: partial(run, case, *tensors, name)
+        for name, backend in BACKENDS.items() if backend.unsupported(x) is None}
+    times = Kept().measure(case, runs, runs['native'](), case.dtype, str(case))
+    return found._replace(taken=min(times, key=times.__getitem__, default='native'), times=times, note='')
 
 
 def measure_all(
-        cases: Iterable[Case],
-        check: Optional[Callable[[Case, str, torch.Tensor], None]] = None,
+        cases: Iterable[Geometry],
+        check: Optional[Callable[[Geometry, str, torch.Tensor], None]] = None,
         seconds: float = SECONDS,
 ) -> Iterator[Result]:
     """`measure` each case.
 
     A backend that was slow (`SLOW`) is not timed again for a later case that differs in the batch alone, unless taken.
     """
-    slow: Dict[Case, Set[str]] = {}  # by the case with batch 0
+    slow: Dict[Geometry, Set[str]] = {}  # by the case with batch 0
     for case in cases:
         names = slow.setdefault(case._replace(b=0), set())
         result = measure(case, names, check, seconds)
@@ -331,7 +250,7 @@ def row(result: Result) -> str:
     for name in dict.fromkeys([*result.expected, *times]):
         values = [_short(source[name]) if name in source else '–' for source in (result.expected, times) if source]
         cells.append(f'{"*" if name == result.taken else ""}{name} {" / ".join(values)}')
-    line = f'{case.c:5} {f"{case.h}×{case.w}":>9} {f"{case.k}×{case.l}":>7}  {case.what:15}  {result.taken:14}'
+    line = f'{case.c:5} {f"{case.h}×{case.w}":>9} {f"{case.kh}×{case.kw}":>7}  {case.what:15}  {result.taken:14}'
     if result.taken in times:
         native = f'{times["native"] / times[result.taken]:.2f}' if 'native' in times else '–'
         line += f' {result.ratio:6.2f} {native:>7}  '
@@ -398,9 +317,7 @@ def _processor() -> str:
 
 def rates() -> str:
     """One line on the rates that the expected times come from."""
-    found = costs.rates()
-    source = 'as fitted' if found == costs.fixed(torch.get_num_threads()) else 'corrected by a measurement'
-    return f'ns for a unit of work, {source}: ' + ', '.join(f'{n} {v:.3g}' for n, v in found._asdict().items())
+    return 'ns for a unit of work: ' + ', '.join(f'{n} {v:.3g}' for n, v in costs.rates()._asdict().items())
 
 
 def page(
@@ -439,7 +356,7 @@ def page(
     elif not measured:
         yield (
             'taken without torch.backends.cudnn.benchmark; with it, as in timm\'s scripts, the first call of a shape '
-            'races: see --measure')
+            'times them: see --measure')
     results = []
     for name, size, found in tables:
         rows = measure_all(found) if measured else map(expect, found)
@@ -461,7 +378,7 @@ def _cases_of(
         channels_last: bool,
         dtype: torch.dtype,
         device: str,
-) -> Tuple[int, List[Case]]:
+) -> Tuple[int, List[Geometry]]:
     """The size of the images and the cases of a model by its name."""
     names = timm.list_models('smpconv*')
     if name not in names:

@@ -1,2 +1,2 @@
 """The backends: one file each, with the convolution, its weight gradient and the reason why it cannot run."""
-from .table import BACKENDS as BACKENDS, RACED as RACED, Backend as Backend
+from .table import BACKENDS as BACKENDS, Backend as Backend

@@ -1,6 +1,6 @@
 """The convolution as a product of spectra (`torch.fft`), in float32 at least.
 
-Shapes: B batch, C channels, H and W height and width, K and L height and width of the kernel.
+Shapes: B batch, C channels, H and W height and width, KH and KW height and width of the kernel.
 
 The cost hardly depends on the kernel's size. Errors are relative to the largest value of the whole plane, not of the
 window under the kernel: far from a pixel 10⁶ times larger than the others the output is wrong by 1.8e-3 where a direct
@@ -28,11 +28,11 @@ def unsupported(x: torch.Tensor) -> Optional[str]:
 
 
 def transform(weight: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """The transform of a kernel (C, 1, K, L) for maps H×W, (C, H', W' // 2 + 1), conjugate."""
-    k, l = weight.shape[2:]
-    size = fast_length(h + k // 2), fast_length(w + l // 2)
+    """The transform of a kernel (C, 1, KH, KW) for maps H×W, (C, H', W' // 2 + 1), conjugate."""
+    kh, kw = weight.shape[2:]
+    size = fast_length(h + kh // 2), fast_length(w + kw // 2)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    kernel = F.pad(weight[:, 0].to(dtype), (0, size[1] - l, 0, size[0] - k)).roll((-(k // 2), -(l // 2)), (1, 2))
+    kernel = F.pad(weight[:, 0].to(dtype), (0, size[1] - kw, 0, size[0] - kh)).roll((-(kh // 2), -(kw // 2)), (1, 2))
     # conj_physical, as a lazy conj() is not resolved when a compiled graph calls the operator (torch 2.15).
     return torch.fft.rfft2(kernel).conj_physical_()
 
@@ -53,20 +53,20 @@ def conv(
     return y
 
 
-def corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
-    """The weight gradient of `conv`, (C, 1, K, L), in float32 at least.
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, kh: int, kw: int) -> torch.Tensor:
+    """The weight gradient of `conv`, (C, 1, KH, KW), in float32 at least.
 
     A gradient that is exactly zero, of a tap that meets nothing but zeros and padding, is zero here too. Otherwise Adam
     would make whole steps out of rounding noise.
     """
-    size = _size(x, k, l)
-    return _with_exact_zeros(_correlation(grad, x, size, k, l), grad, x, size)
+    size = _size(x, kh, kw)
+    return _with_exact_zeros(_correlation(grad, x, size, kh, kw), grad, x, size)
 
 
 def gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Both gradients of `conv`, with regard to x and weight, from one transform of grad."""
-    k, l = weight.shape[2:]
-    size = _size(x, k, l)
+    kh, kw = weight.shape[2:]
+    size = _size(x, kh, kw)
     total: Any = None
     kernel = transform(weight.flip(2, 3), x.shape[2], x.shape[3])
     dx = torch.empty_like(grad)
@@ -75,7 +75,7 @@ def gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Tupl
         product = _spectrum(x[chunk], size).mul_(spectrum.conj()).sum(0)
         total = product if total is None else total.add_(product)
         _place(dx[chunk], spectrum.mul_(kernel), size)
-    return dx, _with_exact_zeros(_lags(total, size, k, l), grad, x, size)
+    return dx, _with_exact_zeros(_lags(total, size, kh, kw), grad, x, size)
 
 
 def is_accurate(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -93,7 +93,7 @@ def is_accurate(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def is_in_range(grad: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether `corr` overflows for finite inputs only where a direct correlation does."""
+    """Whether `weight_gradient` overflows for finite inputs only where a direct correlation does."""
     found = _range(_largest(grad), x, x.shape[2:])
     return not (math.isfinite(found) and found >= 1)
 
@@ -110,9 +110,9 @@ def _range(largest: float, t: torch.Tensor, size: Tuple[int, ...]) -> float:
     return largest * (_largest(t) / torch.finfo(dtype).max) * (4. * size[0] * size[1]) ** 3
 
 
-def _size(x: torch.Tensor, k: int, l: int) -> Tuple[int, int]:
+def _size(x: torch.Tensor, kh: int, kw: int) -> Tuple[int, int]:
     """The length of the transforms, H' and W'."""
-    return fast_length(x.shape[2] + k // 2), fast_length(x.shape[3] + l // 2)
+    return fast_length(x.shape[2] + kh // 2), fast_length(x.shape[3] + kw // 2)
 
 
 def _spectrum(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
@@ -129,17 +129,17 @@ def _place(y: torch.Tensor, spectrum: torch.Tensor, size: Tuple[int, int], bias:
     y.copy_(piece if bias is None else piece.add_(bias[:, None, None]))
 
 
-def _correlation(grad: torch.Tensor, x: torch.Tensor, size: Tuple[int, int], k: int, l: int) -> torch.Tensor:
+def _correlation(grad: torch.Tensor, x: torch.Tensor, size: Tuple[int, int], kh: int, kw: int) -> torch.Tensor:
     total: Any = None
     for chunk in _chunks(x, size):
         product = _spectrum(grad[chunk], size).conj_physical_().mul_(_spectrum(x[chunk], size)).sum(0)
         total = product if total is None else total.add_(product)
-    return _lags(total, size, k, l)
+    return _lags(total, size, kh, kw)
 
 
-def _lags(spectrum: torch.Tensor, size: Tuple[int, int], k: int, l: int) -> torch.Tensor:
-    """The products' sums for every tap, (C, 1, K, L)."""
-    return torch.fft.irfft2(spectrum, s=size).roll((k // 2, l // 2), (1, 2))[:, None, :k, :l]
+def _lags(spectrum: torch.Tensor, size: Tuple[int, int], kh: int, kw: int) -> torch.Tensor:
+    """The products' sums for every tap, (C, 1, KH, KW)."""
+    return torch.fft.irfft2(spectrum, s=size).roll((kh // 2, kw // 2), (1, 2))[:, None, :kh, :kw]
 
 
 def _with_exact_zeros(dw: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:

@@ -1,11 +1,18 @@
 """PyTorch's own convolution: as it is, or with the input converted to one of the two memory formats.
 
-Shapes: B batch, C channels, H and W height and width, K and L height and width of the kernel.
+Shapes: B batch, C channels, H and W height and width, KH and KW height and width of the kernel.
 """
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """channels_last if x (B, C, H, W) has that layout and no other, else contiguous."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def unsupported(x: torch.Tensor) -> Optional[str]:
@@ -15,14 +22,8 @@ def unsupported(x: torch.Tensor) -> Optional[str]:
 
 def conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
     """`F.conv2d` in the memory format of x."""
-    return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
-
-
-def corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
-    """The weight gradient of `conv`, (C, 1, K, L)."""
-    weight = x.new_empty(1).expand(x.shape[1], 1, k, l)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, (1, 1), (k // 2, l // 2), (1, 1), False, (0, 0), x.shape[1], (False, True, False))[1]
+    channels, _, kh, kw = weight.shape
+    return F.conv2d(x, weight, bias, padding=(kh // 2, kw // 2), groups=channels)
 
 
 def input_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -32,14 +33,21 @@ def input_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) ->
         grad, x, weight, None, (1, 1), padding, (1, 1), False, (0, 0), x.shape[1], (True, False, False))[0]
 
 
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, kh: int, kw: int) -> torch.Tensor:
+    """The weight gradient of `conv`, (C, 1, KH, KW)."""
+    weight = x.new_empty(1).expand(x.shape[1], 1, kh, kw)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (1, 1), (kh // 2, kw // 2), (1, 1), False, (0, 0), x.shape[1], (False, True, False))[1]
+
+
 def contiguous_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
     """`F.conv2d` in the contiguous format."""
     return conv(x.contiguous(), weight, bias)
 
 
-def contiguous_corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
-    """The weight gradient in the contiguous format, (C, 1, K, L)."""
-    return corr(grad.contiguous(), x.contiguous(), k, l)
+def contiguous_weight_gradient(grad: torch.Tensor, x: torch.Tensor, kh: int, kw: int) -> torch.Tensor:
+    """The weight gradient in the contiguous format, (C, 1, KH, KW)."""
+    return weight_gradient(grad.contiguous(), x.contiguous(), kh, kw)
 
 
 def channels_last_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -47,8 +55,8 @@ def channels_last_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[tor
     return conv(x.contiguous(memory_format=torch.channels_last), weight, bias)
 
 
-def channels_last_corr(grad: torch.Tensor, x: torch.Tensor, k: int, l: int) -> torch.Tensor:
-    """The weight gradient in channels_last, computed in float32 at least, (C, 1, K, L)."""
+def channels_last_weight_gradient(grad: torch.Tensor, x: torch.Tensor, kh: int, kw: int) -> torch.Tensor:
+    """The weight gradient in channels_last, computed in float32 at least, (C, 1, KH, KW)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     grad, x = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (grad, x))
-    return corr(grad, x, k, l)
+    return weight_gradient(grad, x, kh, kw)

@@ -4,8 +4,8 @@ Sequence networks read the images row by row, as sequences of 64 pixels.
 
 Shapes: images (B, 1, H, W), logits (B, 10).
 """
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, cast
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..._files import check_no_folder, written_beside
 from ...layers.smp_kernel import SMPKernel
+from ...ops.dispatch.timing import timing
 from ..pictures import Picture, Points, draw_kernels, draw_motion, picture_of, points_of, save_figure, save_motion
 from .digits import digits
 
@@ -161,15 +162,9 @@ def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def _milliseconds(models: List[nn.Module], x: torch.Tensor, rounds: int = 15) -> List[float]:
-    """Median time of each model's forward pass. The models take turns."""
-    times: List[List[float]] = [[] for _ in models]
-    for _ in range(rounds + 2):
-        for model, record in zip(models, times):
-            start = time.perf_counter()
-            model(x)
-            record.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(record[2:]) for record in times]
+def _milliseconds(models: List[nn.Module], x: torch.Tensor) -> List[float]:
+    """The time of each model's forward pass."""
+    return list(timing({str(i): partial(model, x) for i, model in enumerate(models)}, rounds=15).values())
 
 
 def _pictures(model: nn.Module) -> Dict[str, Picture]:

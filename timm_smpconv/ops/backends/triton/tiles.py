@@ -3,9 +3,11 @@
 P is the width of the map rounded up to a power of two, at least 16: the tensor cores take products of 16 terms. What
 the compiler makes of each tile: `python -m benchmarks.triton_report`.
 """
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Tuple
 
 import torch
+
+from ... import _private
 
 MOST_ROWS = 4  # of the kernel at a time: with 8, of 16 columns each, addresses spill
 _HALF = (torch.bfloat16, torch.float16)
@@ -28,7 +30,7 @@ class ConvTile(NamedTuple):
         return (self.m + max(self.n, p)) * p
 
 
-class CorrTile(NamedTuple):
+class GradientTile(NamedTuple):
     """Of a weight gradient: m × P products of rows, from `step` rows of both tensors at a time.
 
     Attributes:
@@ -49,16 +51,9 @@ class CorrTile(NamedTuple):
 _CONV_TILES = {
     True: (ConvTile(128, 256, 8), ConvTile(128, 128, 8), ConvTile(64, 128, 4), ConvTile(64, 64, 4)),
     False: (ConvTile(64, 128, 4), ConvTile(64, 64, 4), ConvTile(32, 64, 4), ConvTile(16, 16, 4))}
-_CORR_TILES = {
-    True: (CorrTile(128, 64, 8), CorrTile(64, 64, 8), CorrTile(64, 32, 4)),
-    False: (CorrTile(64, 64, 4), CorrTile(64, 32, 4), CorrTile(16, 16, 4))}
-
-VARIANTS: Dict[str, Tuple[ConvTile, CorrTile]] = {  # to race with the ones above
-    'triton-128x128': (ConvTile(128, 128, 8), CorrTile(64, 64, 8)),
-    'triton-64x256': (ConvTile(64, 256, 8), CorrTile(128, 32, 8)),
-    'triton-64x128': (ConvTile(64, 128, 4), CorrTile(64, 64, 8)),
-    'triton-64x64': (ConvTile(64, 64, 4), CorrTile(64, 32, 4)),
-}
+_GRADIENT_TILES = {
+    True: (GradientTile(128, 64, 8), GradientTile(64, 64, 8), GradientTile(64, 32, 4)),
+    False: (GradientTile(64, 64, 4), GradientTile(64, 32, 4), GradientTile(16, 16, 4))}
 
 
 def columns(width: int) -> int:
@@ -70,8 +65,7 @@ def precision(x: torch.Tensor) -> str:
     """'half', 'tf32' where PyTorch allows that in matrix products of float32, else 'float32'."""
     if x.dtype in _HALF:
         return 'half'
-    # Of all ways to ask, only this one never raises.
-    return 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'float32'
+    return 'tf32' if _private.allows_tf32('matmul') else 'float32'
 
 
 def limits(x: torch.Tensor) -> Tuple[int, int]:
@@ -84,13 +78,13 @@ def limits(x: torch.Tensor) -> Tuple[int, int]:
 
 
 def conv_tile(x: torch.Tensor) -> ConvTile:
-    """The tile of `triton_programs.conv` by default."""
+    """The tile of `programs.conv` by default."""
     return _first(_CONV_TILES[x.dtype in _HALF], x)
 
 
-def corr_tile(x: torch.Tensor) -> CorrTile:
-    """The tile of `triton_programs.corr` by default."""
-    return _first(_CORR_TILES[x.dtype in _HALF], x)
+def gradient_tile(x: torch.Tensor) -> GradientTile:
+    """The tile of `programs.weight_gradient` by default."""
+    return _first(_GRADIENT_TILES[x.dtype in _HALF], x)
 
 
 def _first(tiles, x: torch.Tensor):
@@ -114,16 +108,3 @@ def stages(tile, x: torch.Tensor) -> int:
 def warps(tile, x: torch.Tensor) -> int:
     """Without tensor cores, in 'float32', operands take registers too."""
     return 8 if precision(x) == 'float32' else tile.warps
-
-
-def misfit(name: str, x: torch.Tensor) -> Optional[str]:
-    """Why a variant is not raced for this x: nothing to gain, or it does not fit."""
-    if precision(x) == 'float32':
-        return f'{name} is for tensor cores, which compute float32 in tf32 only'  # it would spill, too
-    if VARIANTS[name] == (conv_tile(x), corr_tile(x)):
-        return f'{name} is what triton takes for this x'
-    short = [tile for tile in VARIANTS[name] if buffers(tile, x) < 2]
-    if short:
-        return (f'{name} needs {2 * short[0].numbers(columns(x.shape[3])) * x.element_size()} bytes of shared memory, '
-                f'a program can have {limits(x)[1]}')
-    return None

@@ -3,7 +3,7 @@ from typing import FrozenSet, NamedTuple
 
 import torch
 
-from . import private
+from .. import _private
 
 __all__ = ['CPU', 'HERE']
 
@@ -28,4 +28,4 @@ class CPU(NamedTuple):
         return self.capability in ('AVX512', 'AVX2') and dtype in self.onednn and dtype != torch.float16
 
 
-HERE = CPU(torch.backends.cpu.get_cpu_capability(), private.onednn_dtypes())
+HERE = CPU(torch.backends.cpu.get_cpu_capability(), _private.onednn_dtypes())

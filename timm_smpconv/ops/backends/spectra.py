@@ -17,8 +17,8 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from .backends.fft import PEAK, fast_length
-from .choice import memory_format
+from .fft import PEAK, fast_length
+from .native import memory_format
 
 # Entries of a spectrum that are computed together, 4 MiB in float32. More leave the cache and cost page faults, ms on
 # one core (AVX2), output of (4, 30, 16000): 230, in one piece 406.
@@ -148,7 +148,7 @@ def gradients(
 
 
 def is_accurate(x: torch.Tensor) -> torch.Tensor:
-    """Where `conv` is about as accurate as a direct convolution, (B,): see the top of `backends.fft`."""
+    """Where `conv` is about as accurate as a direct convolution, (B,): see the top of `fft`."""
     flat = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     peak = torch.maximum(flat.amax(1), -flat.amin(1))
     rest = torch.linalg.vector_norm(flat, 1, 1) - peak

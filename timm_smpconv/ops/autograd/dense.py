@@ -3,19 +3,20 @@
 Shapes: B batch, I and O channels in and out, L size of the input in each of its one or two dimensions, K size of the
 kernel; p, `before`: zeros in front of the input. The formulas are in `spectra`.
 
-    y  = conv(x, w)                      derivatives: conv(g, w, transposed), corr(g, x)
-    y  = conv(x, w, transposed)                       conv(g, w),             corr(x, g)
-    dw = corr(g, x)                                   conv(x, v),             conv(g, v, transposed)
+    y  = conv(x, w)                derivatives: conv(g, w, transposed), weight_gradient(g, x)
+    y  = conv(x, w, transposed)                 conv(g, w),             weight_gradient(x, g)
+    dw = weight_gradient(g, x)                  conv(x, v),             conv(g, v, transposed)
 
-The plain functions, the registered operators and the autograd functions have the same uses as in `derivatives`.
+The plain functions, the registered operators and the autograd functions have the same uses as in `depthwise`.
 """
 import math
 from typing import List, Optional, Sequence
 
 import torch
 
-from . import private, spectra
-from .derivatives import batch_first, is_observed
+from .. import _private
+from ..backends import spectra
+from .depthwise import batch_first, is_observed
 
 
 def conv(
@@ -31,7 +32,7 @@ def conv(
     return spectra.conv(x, weight, before, groups)
 
 
-def corr(
+def weight_gradient(
         grad: torch.Tensor,
         x: torch.Tensor,
         kernel_size: Sequence[int],
@@ -54,14 +55,14 @@ def conv_op(
 
 
 @torch.library.custom_op('timm_smpconv::fft_corr', mutates_args=())
-def corr_op(
+def weight_gradient_op(
         grad: torch.Tensor,
         x: torch.Tensor,
         kernel_size: List[int],
         before: List[int],
         groups: int,
 ) -> torch.Tensor:
-    return corr(grad, x, kernel_size, before, groups)
+    return weight_gradient(grad, x, kernel_size, before, groups)
 
 
 @conv_op.register_fake
@@ -69,7 +70,7 @@ def _(x, weight, before, groups, transposed):
     return spectra.empty(x, weight.shape[1] * groups if transposed else weight.shape[0])
 
 
-@corr_op.register_fake
+@weight_gradient_op.register_fake
 def _(grad, x, kernel_size, before, groups):
     return x.new_empty(grad.shape[1], x.shape[1] // groups, *kernel_size)
 
@@ -90,17 +91,17 @@ def _conv_backward(ctx, grad):
         return (*gradients, None, None, None)
     dx = Conv.apply(grad, weight, *geometry, not ctx.transposed) if needs_x else None
     pair = (x, grad) if ctx.transposed else (grad, x)
-    dw = Corr.apply(*pair, kernel_size, *geometry) if needs_weight else None
+    dw = WeightGradient.apply(*pair, kernel_size, *geometry) if needs_weight else None
     return dx, dw, None, None, None
 
 
-def _corr_context(ctx, inputs, output) -> None:
+def _gradient_context(ctx, inputs, output) -> None:
     grad, x, ctx.kernel_size, ctx.before, ctx.groups = inputs
     ctx.save_for_backward(grad, x)
     ctx.save_for_forward(grad, x)
 
 
-def _corr_backward(ctx, v):
+def _gradient_backward(ctx, v):
     grad, x = ctx.saved_tensors
     needs_grad, needs_x = ctx.needs_input_grad[:2]
     return (
@@ -116,11 +117,12 @@ def _into_channels(t: torch.Tensor, dim: Optional[int], n: int) -> torch.Tensor:
 
 
 class Conv(torch.autograd.Function):
-    """`conv` with all its derivatives and a batching rule."""
+    """The convolution with all its derivatives and a batching rule."""
 
     @staticmethod
     def forward(x, weight, before, groups, transposed):
-        return torch.ops.timm_smpconv.fft_conv(x, weight, before, groups, transposed)
+        convolve = torch.ops.timm_smpconv.fft_conv if is_observed(x, weight) else conv
+        return convolve(x, weight, before, groups, transposed)
 
     setup_context = staticmethod(_conv_context)
     backward = staticmethod(_conv_backward)
@@ -144,43 +146,44 @@ class Conv(torch.autograd.Function):
         return y.unflatten(1, (n, -1)), 1
 
 
-class Corr(torch.autograd.Function):
-    """`corr` with all its derivatives and a batching rule."""
+class WeightGradient(torch.autograd.Function):
+    """The weight gradient with all its derivatives and a batching rule."""
 
     @staticmethod
     def forward(grad, x, kernel_size, before, groups):
-        return torch.ops.timm_smpconv.fft_corr(grad, x, kernel_size, before, groups)
+        correlate = torch.ops.timm_smpconv.fft_corr if is_observed(grad, x) else weight_gradient
+        return correlate(grad, x, kernel_size, before, groups)
 
-    setup_context = staticmethod(_corr_context)
-    backward = staticmethod(_corr_backward)
+    setup_context = staticmethod(_gradient_context)
+    backward = staticmethod(_gradient_backward)
 
     @staticmethod
     def jvp(ctx, dgrad, dx, *_):
         grad, x = ctx.saved_tensors
         rest = ctx.kernel_size, ctx.before, ctx.groups
-        terms = [] if dgrad is None else [Corr.apply(dgrad, x, *rest)]
-        terms += [] if dx is None else [Corr.apply(grad, dx, *rest)]
+        terms = [] if dgrad is None else [WeightGradient.apply(dgrad, x, *rest)]
+        terms += [] if dx is None else [WeightGradient.apply(grad, dx, *rest)]
         return sum(terms)
 
     @staticmethod
     def vmap(info, in_dims, grad, x, kernel_size, before, groups):
         n = info.batch_size
         grad, x = _into_channels(grad, in_dims[0], n), _into_channels(x, in_dims[1], n)
-        dw = Corr.apply(grad, x, kernel_size, before, n * groups)  # (n * O, I / groups, *K)
+        dw = WeightGradient.apply(grad, x, kernel_size, before, n * groups)  # (n * O, I / groups, *K)
         return dw.unflatten(0, (n, -1)), 0
 
 
 conv_op.register_autograd(_conv_backward, setup_context=_conv_context)
-corr_op.register_autograd(_corr_backward, setup_context=_corr_context)
+weight_gradient_op.register_autograd(_gradient_backward, setup_context=_gradient_context)
 
 
-@private.flop_formula(torch.ops.timm_smpconv.fft_conv)
+@_private.flop_formula(torch.ops.timm_smpconv.fft_conv)
 def _conv_flops(x_shape, weight_shape, *_, **__) -> int:
     """Of the direct convolution, as PyTorch counts `F.conv1d` and `F.conv2d`; of a transposed one as well."""
     return 2 * x_shape[0] * math.prod(x_shape[2:]) * math.prod(weight_shape)
 
 
-@private.flop_formula(torch.ops.timm_smpconv.fft_corr)
-def _corr_flops(grad_shape, x_shape, kernel_size, before, groups, *_, **__) -> int:
+@_private.flop_formula(torch.ops.timm_smpconv.fft_corr)
+def _gradient_flops(grad_shape, x_shape, kernel_size, before, groups, *_, **__) -> int:
     """Of the direct weight gradient."""
     return 2 * math.prod(grad_shape) * (x_shape[1] // groups) * math.prod(kernel_size)

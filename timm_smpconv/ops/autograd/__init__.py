@@ -1,0 +1,1 @@
+"""The operators closed under differentiation: autograd functions and registered operators."""

@@ -1,0 +1,1 @@
+"""Which backend computes a convolution: decided once for each pass."""
