@@ -482,6 +482,7 @@ def test_evaluate_when_the_file_it_started_from_has_gone(trained, tmp_path, monk
     ('smpconv_tcn_ct', TINY.replace('depth: 1', 'depth: 2'), 'of the same network: state_dict must have exactly the'),
     ('smpconv_tcn_ct', TINY.replace('dim: 4', 'dim: 5'), 'of the same network: state_dict must have the shapes'),
     ('smpconv_tcn_ct', TINY[:-1] + ', permuted: true}', 'missing (stem.permutation)'),
+    ('smpconv_tcn_ct', TINY.replace('kernel_size: 20', 'kernel_size: 21'), 'must be 21, the length of the kernels'),
 ])
 def test_checkpoints_of_other_networks(trained, tmp_path, monkeypatch, capsys, name, model_args, message):
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from lightning import LightningModule
 from timm.optim import create_optimizer_v2
 from torch.optim.lr_scheduler import LambdaLR
 
-from ...weights.checkpoint import CheckpointError
+from ...weights.checkpoint import CheckpointError, checkpoint_filter_fn
 
 __all__ = ['SequenceClassifier', 'rate_factor']
 
@@ -153,8 +153,8 @@ class SequenceClassifier(LightningModule):
                 raise CheckpointError(
                     f'ckpt_path must be a checkpoint with {argument} = {ours} in model_args, got one with {theirs}')
         try:
-            self.model.load_state_dict(checkpoint['state_dict'])
-        except (CheckpointError, RuntimeError) as error:
+            self.model.load_state_dict(checkpoint_filter_fn(checkpoint['state_dict'], self.model))
+        except RuntimeError as error:  # a CheckpointError, too
             raise CheckpointError(f'ckpt_path must be a checkpoint of the same network: {error}') from error
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
