@@ -16,7 +16,7 @@ ROOMS = {
     'optim.py': {'layers'},
     '__init__.py': {'ops', 'layers', 'models', 'surgery', 'optim', 'weights'},
 }
-LAZY = PACKAGE / 'ops' / 'backends' / 'triton.py'  # Triton need not be installed
+LAZY = PACKAGE / 'ops' / 'backends' / 'triton' / 'backend.py'  # Triton need not be installed
 
 
 def imports(path):
