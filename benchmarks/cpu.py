@@ -7,6 +7,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
@@ -166,6 +167,37 @@ def rms(x, dims):
     return x.square().mean(dims).sqrt()
 
 
+def differentiated(convolve, leaves, cotangent):
+    return torch.autograd.grad(convolve(*leaves), leaves, cotangent)
+
+
+def overhead(args):
+    """What one call costs over `F.conv2d`: processor time of one thread, of 5×5 kernels, batch 1.
+
+    Behind the convolution of a map of usual size the processor's caches hold none of this package's code, which then
+    takes several times as long as behind a tiny one. There are gradients for tiny maps only, where arithmetic hardly
+    counts: elsewhere other backends than PyTorch's compute them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for (c, h), (layout, memory_format) in product(((384, 14), (2, 4)), FORMATS.items()):
+        x, weight = torch.randn(1, c, h, h).contiguous(memory_format=memory_format), torch.randn(c, 1, 5, 5) / 5
+        cotangent, leaves = torch.randn_like(x), [t.clone().requires_grad_() for t in (x, weight)]
+        runs = {}
+        for name, convolve in (('plain', partial(F.conv2d, padding=2, groups=c)), ('ours', depthwise_conv2d)):
+            runs['without gradients', name] = torch.no_grad()(partial(convolve, x, weight))
+            runs['with a graph', name] = partial(convolve, *leaves)
+            if h == 4:
+                runs['with both gradients', name] = partial(differentiated, convolve, leaves, cotangent)
+        times = paired(runs, 100 * args.rounds, warmup=20, clock=time.thread_time)
+        print(f'\nC {c}, {h}×{h}, {layout}: microseconds')
+        for what in dict.fromkeys(what for what, _ in runs):
+            plain, ours = (1e3 * times[what, name] for name in ('plain', 'ours'))
+            print(f'  {what:20} F.conv2d {plain:5.0f}   ours {ours:5.0f}   ours - F.conv2d {ours - plain:5.0f}   '
+                  f'ours / F.conv2d {ours / plain:5.2f}', flush=True)
+    torch.set_num_threads(threads)
+
+
 def results(backend, x, weight, cotangent):
     """Output, input gradient and weight gradient by a backend, or by the chosen one for None."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
@@ -246,7 +278,8 @@ def peak(name, variant, batch):
 
 def main():
     sections = dict(
-        forward=forward, train=train, memory=memory, choice=choice, growth=growth, accuracy=accuracy, family=family)
+        forward=forward, train=train, memory=memory, choice=choice, growth=growth, accuracy=accuracy, family=family,
+        overhead=overhead)
     parser = argparse.ArgumentParser(prog='python -m benchmarks.cpu', description=__doc__.splitlines()[0])
     parser.add_argument('sections', nargs='*', help=f'of {", ".join(sections)}; the first three by default')
     parser.add_argument('--model', default='smpconv_tiny')

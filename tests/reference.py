@@ -18,10 +18,10 @@ from timm_smpconv.tools.authors_weights.authors_imagenet import (
 def conv_loop(x, weight, bias=None, stride=1, padding=0):
     """Depthwise convolution by its definition: x (B, C, H, W), weight (C, 1, K, L), equal padding on all sides."""
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    k, l = weight.shape[2:]
-    height, width = (x.shape[2] - k) // stride + 1, (x.shape[3] - l) // stride + 1
+    kh, kw = weight.shape[2:]
+    height, width = (x.shape[2] - kh) // stride + 1, (x.shape[3] - kw) // stride + 1
     out = torch.stack([torch.stack([
-        (x[:, :, i * stride:i * stride + k, j * stride:j * stride + l] * weight[:, 0]).sum((2, 3))
+        (x[:, :, i * stride:i * stride + kh, j * stride:j * stride + kw] * weight[:, 0]).sum((2, 3))
         for j in range(width)], -1) for i in range(height)], -2)
     return out if bias is None else out + bias[:, None, None]
 

@@ -42,8 +42,8 @@ def tensors(family, case, dtype=torch.float64, bias=True):
         b, i, o, length, k, groups = case
         shapes = (b, i, length), (o, i // groups, k)
     else:
-        b, i, o, h, w, k, l = case
-        shapes = (b, i, h, w), (o, i, k, l)
+        b, i, o, h, w, kh, kw = case
+        shapes = (b, i, h, w), (o, i, kh, kw)
     x, weight = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     weight /= weight[0].numel() ** 0.5
     return [t.to(dtype) for t in (x, weight, torch.randn(o, dtype=torch.float64))][:3 if bias else 2]

@@ -37,9 +37,9 @@ CASES = [  # (B, C, H, W, K, L)
 ]
 
 
-def tensors(b, c, h, w, k, l, dtype=torch.float32, bias=True):
+def tensors(b, c, h, w, kh, kw, dtype=torch.float32, bias=True):
     x = torch.randn(b, c, h, w, dtype=torch.float64)
-    weight = torch.randn(c, 1, k, l, dtype=torch.float64) / (k * l) ** 0.5
+    weight = torch.randn(c, 1, kh, kw, dtype=torch.float64) / (kh * kw) ** 0.5
     return [t.to(dtype) for t in (x, weight, torch.randn(c, dtype=torch.float64))][:3 if bias else 2]
 
 
@@ -96,12 +96,12 @@ def test_half_precision_is_as_good_as_native(dtype):
 
 
 @pytest.mark.parametrize('backend', CPU_BACKENDS)
-@pytest.mark.parametrize('k,l', [(5, 3), (3, 17), (17, 17)])
-def test_equals_the_definition(k, l, backend):
-    inputs = [t.requires_grad_() for t in tensors(2, 3, 6, 9, k, l, dtype=torch.float64)]
+@pytest.mark.parametrize('kh,kw', [(5, 3), (3, 17), (17, 17)])
+def test_equals_the_definition(kh, kw, backend):
+    inputs = [t.requires_grad_() for t in tensors(2, 3, 6, 9, kh, kw, dtype=torch.float64)]
     with use_backend(backend):
         actual = depthwise_conv2d(*inputs)
-    expected = conv_loop(*inputs, padding=(k // 2, l // 2))
+    expected = conv_loop(*inputs, padding=(kh // 2, kw // 2))
     assert difference(actual, expected) < TOLERANCE[torch.float64]
     cotangent = torch.randn_like(expected)
     for got, want in zip(
@@ -168,10 +168,10 @@ def test_autocast(dtype):
     assert all(t.grad.dtype == torch.float32 for t in inputs)
 
 
-@pytest.mark.parametrize('chosen,l', [('native', 5), ('channels_last', 15), ('fft', 15)])
-def test_torch_func(chosen, l, fastest):
+@pytest.mark.parametrize('chosen,kw', [('native', 5), ('channels_last', 15), ('fft', 15)])
+def test_torch_func(chosen, kw, fastest):
     fastest(chosen)
-    x, weight, bias = tensors(2, 3, 6, 10, 5, l, dtype=torch.float64)
+    x, weight, bias = tensors(2, 3, 6, 10, 5, kw, dtype=torch.float64)
     many = torch.randn(4, *x.shape, dtype=torch.float64)
     kernels = torch.randn(4, *weight.shape, dtype=torch.float64)
     biases = torch.randn(4, 3, dtype=torch.float64)
@@ -194,10 +194,10 @@ def test_torch_func(chosen, l, fastest):
     assert difference(*tangents) < 1e-12
 
 
-@pytest.mark.parametrize('l', [3, 5])
-def test_batched_gradients(l):
+@pytest.mark.parametrize('kw', [3, 5])
+def test_batched_gradients(kw):
     """As torch.autograd.functional and is_grads_batched=True compute them, without torch.func."""
-    inputs = [t.requires_grad_() for t in tensors(2, 1, 2, 3, 1, l, dtype=torch.float64)]
+    inputs = [t.requires_grad_() for t in tensors(2, 1, 2, 3, 1, kw, dtype=torch.float64)]
     jacobians = [
         torch.autograd.functional.jacobian(f, tuple(inputs), vectorize=True, create_graph=True)
         for f in (depthwise_conv2d, exact)]

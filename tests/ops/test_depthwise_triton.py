@@ -65,8 +65,8 @@ def bfloat16_products():
         yield
 
 
-def tensors(b, c, h, w, k, l, dtype):
-    x, weight = torch.randn(b, c, h, w), torch.randn(c, 1, k, l) / (k * l) ** 0.5
+def tensors(b, c, h, w, kh, kw, dtype):
+    x, weight = torch.randn(b, c, h, w), torch.randn(c, 1, kh, kw) / (kh * kw) ** 0.5
     return [t.to(DEVICE, dtype) for t in (x, weight, torch.randn(c), torch.randn(b, c, h, w))]
 
 
@@ -74,8 +74,8 @@ def compare(x, weight, bias, cotangent, convolve=depthwise_conv2d):
     """Output and all gradients; the oracle runs on the CPU."""
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     wide = [t.detach().double().cpu().requires_grad_() for t in (x, weight, bias)]
-    k, l = weight.shape[2:]
-    expected = F.conv2d(*wide, padding=(k // 2, l // 2), groups=x.shape[1])
+    kh, kw = weight.shape[2:]
+    expected = F.conv2d(*wide, padding=(kh // 2, kw // 2), groups=x.shape[1])
     with use_backend('triton'):
         actual = convolve(*leaves)
         grads = torch.autograd.grad(actual, leaves, cotangent)

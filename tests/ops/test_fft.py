@@ -20,8 +20,8 @@ CASES = [  # (B, C, H, W, K, L)
 EPS = TOLERANCE[torch.float32]
 
 
-def tensors(b, c, h, w, k, l, dtype=torch.float32):
-    weight = torch.randn(c, 1, k, l) / (k * l) ** 0.5
+def tensors(b, c, h, w, kh, kw, dtype=torch.float32):
+    weight = torch.randn(c, 1, kh, kw) / (kh * kw) ** 0.5
     return [t.to(dtype) for t in (torch.randn(b, c, h, w), torch.randn(b, c, h, w), weight)]
 
 
@@ -73,7 +73,7 @@ def test_joint_gradients_of_taps_that_meet_zeros_are_zero(b, h, k):
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_a_kept_transform_serves_every_batch(case, bias):
-    b, c, h, w, k, l = case
+    b, c, h, w, kh, kw = case
     _, _, weight = tensors(*case)
     kernel = fft.transform(weight, h, w)
     kept, bias = kernel.clone(), torch.randn(c) if bias else None
@@ -82,7 +82,7 @@ def test_a_kept_transform_serves_every_batch(case, bias):
         y = fft.conv(x, weight, bias, kernel=kernel)
         assert torch.equal(y, fft.conv(x, weight, bias))
         expected = F.conv2d(
-            x.double(), weight.double(), None if bias is None else bias.double(), padding=(k // 2, l // 2), groups=c)
+            x.double(), weight.double(), None if bias is None else bias.double(), padding=(kh // 2, kw // 2), groups=c)
         assert difference(y, expected) < EPS
         assert y.is_contiguous(memory_format=torch.channels_last if layout == 'channels_last' else
                                torch.contiguous_format)

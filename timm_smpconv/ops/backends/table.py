@@ -2,7 +2,7 @@
 
 Shapes: B batch, C channels, H and W height and width, KH and KW height and width of the kernel.
 """
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -22,12 +22,14 @@ class Backend(NamedTuple):
         unsupported: The reason why it cannot run for this x, None if it can.
         rounds_weight: Takes a float32 weight beside an x in half precision, as under autocast, and returns the weight's
             gradient in float32.
+        gradients: Both gradients, from the gradient of the output, x and weight, where that saves something.
     """
     conv: Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
     input_gradient: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     weight_gradient: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
     unsupported: Callable[[torch.Tensor], Optional[str]]
     rounds_weight: bool = False
+    gradients: Optional[Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]]] = None
 
     def compute(self, what: str, args: Any) -> torch.Tensor:
         """One of the three: 'output', 'input gradient' or 'weight gradient'."""
@@ -44,14 +46,15 @@ def _flipped(conv):
 
 
 BACKENDS: Dict[str, Backend] = {
-    'native': Backend(native.conv, native.input_gradient, native.weight_gradient, native.unsupported),
+    'native': Backend(
+        native.conv, native.input_gradient, native.weight_gradient, native.unsupported, gradients=native.gradients),
     'contiguous': Backend(
         native.contiguous_conv, _flipped(native.contiguous_conv), native.contiguous_weight_gradient,
         native.unsupported),
     'channels_last': Backend(
         native.channels_last_conv, _flipped(native.channels_last_conv), native.channels_last_weight_gradient,
         native.unsupported),
-    'fft': Backend(fft.conv, _flipped(fft.conv), fft.weight_gradient, fft.unsupported),
+    'fft': Backend(fft.conv, _flipped(fft.conv), fft.weight_gradient, fft.unsupported, gradients=fft.gradients),
     'triton': Backend(
         triton.conv, _flipped(triton.conv), triton.weight_gradient, triton.unsupported, rounds_weight=True),
 }

@@ -69,7 +69,7 @@ def gradients(
 ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
     """The gradients of x and of the weight, those that are needed, in the dtypes of grad and of the weight.
 
-    Where both are computed by FFT, they share the transform of grad.
+    Where one backend computes both, it may do so at once: by FFT they share the transform of grad.
     """
     (kh, kw), (needs_x, needs_weight) = weight.shape[2:], needs
     if not needs_x or x.numel() == 0:
@@ -82,8 +82,9 @@ def gradients(
     pair = *args[:2], *args[2].shape[2:]
     for_weight = _decide(to_weight, backend, pair)
     for_x = _decide(to_x, backend, args, is_transformed=for_weight == 'fft')
-    if for_x == for_weight == 'fft':
-        dx, dw = fft.gradients(*args)
+    both = BACKENDS[for_x].gradients if for_x == for_weight else None
+    if both is not None:
+        dx, dw = both(*args)
         return _finished(to_x, dx, grad.dtype), _finished(to_weight, dw, weight.dtype)
     return _compute(to_x, for_x, args, grad.dtype), _compute(to_weight, for_weight, pair, weight.dtype)
 

@@ -3,7 +3,7 @@ import logging
 import math
 import statistics
 import time
-from typing import Callable, Dict, List, Mapping
+from typing import Callable, Dict, List, Mapping, Optional
 
 import torch
 
@@ -26,6 +26,7 @@ def timing(
         settle: bool = True,
         slow: float = math.inf,
         seconds: float = math.inf,
+        clock: Optional[Callable[[], float]] = None,
 ) -> Dict[str, float]:
     """Milliseconds of each candidate, medians over rounds in which every candidate is timed once.
 
@@ -38,33 +39,35 @@ def timing(
         slow: A candidate that takes more than so many times as long as the fastest one once it is warm has no part in
             the rounds. What it took then is returned.
         seconds: After which no other round starts, if there were three.
+        clock: Returns seconds, those of `time.perf_counter` by default.
     """
+    clock = clock or _clock
     warm: Dict[str, float] = {}
     for name, run in candidates.items():
         calls: List[float] = []
         while len(calls) < warmup and sum(calls) < _WARM:
-            calls.append(_time(run))
+            calls.append(_time(run, clock))
         warm[name] = min(calls, default=0.)
     limit = slow * min(warm.values(), default=0.) if slow < math.inf else math.inf
     times: Dict[str, List[float]] = {name: [] if warm[name] <= limit else [warm[name]] for name in candidates}
     running = [name for name in candidates if not times[name]]
-    start = _clock()
+    start = clock()
     for i in range(rounds):
-        if i >= _FEWEST and _clock() - start > seconds:
+        if i >= _FEWEST and clock() - start > seconds:
             break
         for name in running:
             if settle:
                 candidates[name]()
-            times[name].append(_time(candidates[name]))
+            times[name].append(_time(candidates[name], clock))
     return {name: 1e3 * statistics.median(found) for name, found in times.items()}
 
 
-def _time(run: Run) -> float:
+def _time(run: Run, clock: Callable[[], float]) -> float:
     _wait()
-    start = _clock()
+    start = clock()
     run()
     _wait()
-    return _clock() - start
+    return clock() - start
 
 
 def _wait() -> None:
