@@ -152,18 +152,18 @@ class RepSMPConv2d(RepConv):
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        large, (k, l) = odd_sizes(kernel_size, small_kernel)
+        large, (kh, kw) = odd_sizes(kernel_size, small_kernel)
         if dilation < 1:
             raise ValueError(f'dilation must be at least 1, got {dilation}')
         conv = SMPConv2d(
             channels, channels, large, padding='same', groups=channels, bias=False, points=points, **dd)
         if dilation == 1:
-            small: nn.Conv2d = DepthwiseConv2d(channels, (k, l), bias=False, **dd)
+            small: nn.Conv2d = DepthwiseConv2d(channels, (kh, kw), bias=False, **dd)
         else:
             conv.resize(dilated_size(large, dilation))
             conv.trained_size = conv.kernel_size
             small = nn.Conv2d(
-                channels, channels, (k, l), padding=(dilation * (k // 2), dilation * (l // 2)), dilation=dilation,
+                channels, channels, (kh, kw), padding=(dilation * (kh // 2), dilation * (kw // 2)), dilation=dilation,
                 groups=channels, bias=False, **dd)
         super().__init__(ConvNorm(conv, **dd), ConvNorm(small, **dd))
 
@@ -196,10 +196,10 @@ class DenseRepSMPConv2d(RepConv):
             **smp_args: Any,
     ):
         dd = {'device': device, 'dtype': dtype}
-        large, (k, l) = odd_sizes(kernel_size, small_kernel)
+        large, (kh, kw) = odd_sizes(kernel_size, small_kernel)
         smp_args = {'coords_std': 0.05, **smp_args}
         conv = SMPConv2d(in_channels, out_channels, large, padding='same', bias=bias, average=True, **smp_args, **dd)
-        small = nn.Conv2d(in_channels, out_channels, (k, l), padding=(k // 2, l // 2), bias=small_bias, **dd)
+        small = nn.Conv2d(in_channels, out_channels, (kh, kw), padding=(kh // 2, kw // 2), bias=small_bias, **dd)
         super().__init__(ConvNorm(conv, **dd), ConvNorm(small, **dd))
 
 
