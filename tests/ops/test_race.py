@@ -146,9 +146,6 @@ def test_nothing_is_timed_where_a_backend_is_requested_or_values_are_fake(times)
     assert not times.timed
 
 
-@pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 9),
-    reason='torch 2.8 says that it exports whenever it compiles: the graph holds F.conv2d')
 def test_compiled_code_times_when_it_runs(times):
     torch._dynamo.reset()
     traced = []

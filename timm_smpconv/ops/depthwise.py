@@ -14,7 +14,7 @@ from .backends import BACKENDS, native
 from .dispatch import race, run
 from .dispatch.choose import choose
 from .dispatch.geometry import Geometry
-from .dispatch.request import check_exportable, requested
+from .dispatch.request import check_exportable, is_exporting, requested
 
 __all__ = ['depthwise_conv2d']
 
@@ -71,10 +71,9 @@ def depthwise_conv2d(
         if not rounds_weight:
             weight = autocast(weight, dtype)
             bias = None if bias is None else autocast(bias, dtype)
-    tracing = torch.jit.is_tracing()
-    if not tracing:
+    if not torch.jit.is_tracing():
         _check(x, weight, bias, rounds_weight)
-    if tracing or torch.compiler.is_exporting():
+    if is_exporting():
         check_exportable(backend)
         return native.conv(x, weight, bias)
     raced = backend is None and race.is_on(x)

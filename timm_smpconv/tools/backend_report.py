@@ -39,7 +39,7 @@ class Result(NamedTuple):
     Attributes:
         case: The pass.
         taken: The backend that computes it.
-        expected: The milliseconds of each backend by `ops.costs`, on the CPU.
+        expected: The milliseconds of each backend by `dispatch.costs`, on the CPU.
         times: The milliseconds measured.
         note: What else decides.
     """

@@ -65,6 +65,7 @@ def _check(argument: str, name: str) -> None:
         raise ValueError(f'{argument} must be one of {", ".join(BACKENDS)}, got {name!r}')
 
 
+@torch.compiler.assume_constant_result  # torch 2.8 answers True to every compiler that traces the question
 def is_exporting() -> bool:
     """Whether a graph is captured to leave PyTorch, in which the operator has to be a standard convolution."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
