@@ -2,7 +2,9 @@
 
 Sessions other than `tests` also run in an environment that is there: `nox --no-venv -s lint`.
 """
-from typing import List
+import sys
+from pathlib import Path
+from typing import Any, List
 
 import nox
 
@@ -21,6 +23,13 @@ def install(session: nox.Session, *args: str) -> None:
         session.install(*args)
 
 
+def run(session: nox.Session, program: str, *args: str, **kwargs: Any) -> None:
+    """`session.run`; with `--no-venv` the program beside the Python that runs nox, which need not be on the path."""
+    if session.venv_backend == 'none':
+        program = str(Path(sys.executable).with_name(program))
+    session.run(program, *args, external=True, **kwargs)
+
+
 def lower_bounds() -> List[str]:
     """The lower bounds of the package's dependencies as exact versions."""
     dependencies = nox.project.load_toml('pyproject.toml')['project']['dependencies']
@@ -32,21 +41,21 @@ def lower_bounds() -> List[str]:
 def tests(session: nox.Session, versions: str) -> None:
     """The default tests on one Python, with the lowest supported or the newest releases of everything."""
     session.install('-e', '.[test]', *(lower_bounds() if versions == 'lowest' else []))
-    session.run('pytest', '-n', '2', *session.posargs)
+    run(session, 'pytest', '-n', '2', *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff."""
     install(session, '-e', '.[dev]')
-    session.run('ruff', 'check')
+    run(session, 'ruff', 'check')
 
 
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy."""
     install(session, '-e', '.[dev]')
-    session.run('mypy')
+    run(session, 'mypy')
 
 
 @nox.session
@@ -54,18 +63,18 @@ def types(session: nox.Session) -> None:
 def cpu(session: nox.Session, cpu: str) -> None:
     """The tests that depend on the CPU, on one kind of CPU whatever this one is."""
     install(session, '-e', '.[test]')
-    session.run('pytest', '-n', '2', *(session.posargs or CPU_TESTS), env={'TIMM_SMPCONV_TEST_CPU': cpu})
+    run(session, 'pytest', '-n', '2', *(session.posargs or CPU_TESTS), env={'TIMM_SMPCONV_TEST_CPU': cpu})
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Every command and every snippet of README and docs."""
     install(session, '-e', '.[test]')
-    session.run('pytest', '-n', '2', '-m', 'slow or not slow', 'tests/test_docs.py', *session.posargs)
+    run(session, 'pytest', '-n', '2', '-m', 'slow or not slow', 'tests/test_docs.py', *session.posargs)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """Whole models, whole round trips, other programs."""
     install(session, '-e', '.[test]')
-    session.run('pytest', '-n', '2', '--dist', 'loadgroup', '-m', 'slow', *session.posargs)
+    run(session, 'pytest', '-n', '2', '--dist', 'loadgroup', '-m', 'slow', *session.posargs)
