@@ -370,7 +370,7 @@ def test_commit_hooks_run_what_ci_runs():
     (repository,) = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text(encoding='utf-8'))['repos']
     entries = [hook['entry'] for hook in repository['hooks']]
     sessions = (ROOT / 'noxfile.py').read_text(encoding='utf-8')  # which .ci/run calls
-    calls = [f'session.run({", ".join(map(repr, entry.split()))})' for entry in entries]
+    calls = [f'run(session, {", ".join(map(repr, entry.split()))})' for entry in entries]
     assert entries == ['ruff check', 'mypy'] and all(call in sessions for call in calls)
 
 
