@@ -10,7 +10,7 @@ import nox
 
 PYTHONS = ['3.11', '3.12', '3.13', '3.14']
 CPUS = ['avx512', 'avx2', 'neither']  # of tests/conftest.py
-CPU_TESTS = ['tests/ops', 'tests/layers', 'tests/surgery/test_prepack.py']  # where the CPU decides what is computed
+CPU_TESTS = ['tests/ops', 'tests/surgery/test_prepack.py', 'tests/tools/test_backends.py']  # where the CPU decides
 
 nox.options.default_venv_backend = 'uv'  # a second environment with torch takes seconds and no space
 nox.options.error_on_missing_interpreters = False  # such a session is skipped, and nox says so

@@ -67,6 +67,7 @@ def names(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # four minutes beside other tests
 def test_demo_learns_merges_and_writes(tmp_path, capfd):
     assert main(['demo', '--out', str(tmp_path / 'out')]) == 0
     out, err = capfd.readouterr()
