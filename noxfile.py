@@ -31,8 +31,9 @@ def run(session: nox.Session, program: str, *args: str, **kwargs: Any) -> None:
 
 
 def lower_bounds() -> List[str]:
-    """The lower bounds of the package's dependencies as exact versions."""
-    dependencies = nox.project.load_toml('pyproject.toml')['project']['dependencies']
+    """The lower bounds of the package's dependencies, and of torchaudio, as exact versions."""
+    project = nox.project.load_toml('pyproject.toml')['project']
+    dependencies = [*project['dependencies'], *project['optional-dependencies']['sequences']]
     return [dependency.replace('>=', '==') for dependency in dependencies if '>=' in dependency]
 
 
