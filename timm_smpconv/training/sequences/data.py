@@ -7,7 +7,6 @@ N series, C channels, L samples in time.
 import gzip
 import logging
 import math
-import os
 import struct
 import warnings
 import zlib
@@ -348,13 +347,3 @@ def _read_wav(file: Path) -> np.ndarray:
 
 def _half(transform: torch.nn.Module) -> RandomApply:
     return RandomApply([transform], p=0.5)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that half a file never passes for a whole one."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
