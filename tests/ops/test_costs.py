@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops.dispatch import costs, cpu
-from timm_smpconv.ops.dispatch.choose import choose as choose_for
+from timm_smpconv.ops.dispatch.choose import expected_fastest
 from timm_smpconv.ops.dispatch.geometry import PASSES, Geometry
 
 MACHINES = {
@@ -47,7 +47,7 @@ def image(b, c, h, w=None, layout='contiguous', dtype=torch.float32):
 
 
 def choose(what, x, kh, kw, **kwargs):
-    return choose_for(Geometry.of(what, x, kh, kw), **kwargs)
+    return expected_fastest(Geometry.of(what, x, kh, kw), **kwargs)
 
 
 def case(what='output', b=2, c=32, h=28, k=21, channels_last=False):

@@ -20,7 +20,7 @@ from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import BACKENDS, requested_backend, use_backend
 from timm_smpconv.ops.autograd.depthwise import conv_op, weight_gradient_op
 from timm_smpconv.ops.backends import fft
-from timm_smpconv.ops.dispatch.choose import choose
+from timm_smpconv.ops.dispatch.choose import expected_fastest
 from timm_smpconv.ops.dispatch.geometry import Geometry
 
 CASES = [  # (B, C, H, W, K, L)
@@ -356,7 +356,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch, fastest, caplog):
         monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(unsupported=lambda x: 'it rains'))
     with pytest.raises(ValueError, match="backend 'fft' was requested and cannot run: it rains"), use_backend('fft'):
         depthwise_conv2d(x, weight)
-    with caplog.at_level(logging.DEBUG, logger='timm_smpconv.ops.dispatch.run'):
+    with caplog.at_level(logging.DEBUG, logger='timm_smpconv.ops.dispatch.choose'):
         assert difference(depthwise_conv2d(x, weight), exact(x, weight)) < 1e-5
     assert 'backend channels_last is skipped: it rains' in caplog.text
 
@@ -380,7 +380,7 @@ def test_bad_input_is_named(change, error, message):
 
 
 def test_few_channels_and_large_kernels_use_fft():
-    assert choose(Geometry('output', 4, 3, 64, 64, 31, 31)) == 'fft'
+    assert expected_fastest(Geometry('output', 4, 3, 64, 64, 31, 31)) == 'fft'
     for case in ((4, 3, 64, 64, 31, 31), (1, 4, 40, 56, 51, 51)):
         compare(tensors(*case), depthwise_conv2d, TOLERANCE[torch.float32])
 

@@ -12,7 +12,7 @@ from . import _private
 from .autograd.depthwise import convolve
 from .backends import BACKENDS, native
 from .dispatch import race, run
-from .dispatch.choose import choose
+from .dispatch.choose import expected_fastest
 from .dispatch.geometry import Geometry
 from .dispatch.request import check_exportable, is_exporting, requested
 
@@ -120,7 +120,7 @@ def _compiled(
 
 
 def _chosen(x: torch.Tensor, weight: torch.Tensor) -> str:
-    return choose(Geometry.of('output', x, weight.shape[2], weight.shape[3]))
+    return expected_fastest(Geometry.of('output', x, weight.shape[2], weight.shape[3]))
 
 
 def autocast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

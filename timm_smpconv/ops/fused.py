@@ -20,7 +20,7 @@ from . import _private
 from .backends import fft
 from .depthwise import depthwise_conv2d
 from .dispatch import cpu
-from .dispatch.choose import choose
+from .dispatch.choose import expected_fastest
 from .dispatch.geometry import Geometry, memory_format
 from .dispatch.kept import Kept
 from .dispatch.request import check_exportable, requested_backend
@@ -265,7 +265,7 @@ def _expected_fastest(call: _Call, kept: Optional[Kept]) -> Optional[str]:
     fits = _fits_one_pass(call)
     if not call.is_same_depthwise():
         return None if not fits else 'matrix product' if _is_product(call) else 'one pass'
-    backend = choose(call.geometry())
+    backend = expected_fastest(call.geometry())
     if fits and backend in ('native', 'channels_last'):
         return 'one pass'
     return 'fft' if backend == 'fft' and kept is not None else None

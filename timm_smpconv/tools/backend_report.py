@@ -19,7 +19,7 @@ from ..layers.small_conv import DepthwiseConv2d
 from ..layers.smp_conv import SMPConv2d
 from ..ops import BACKENDS, Kept
 from ..ops.dispatch import costs, run as passes
-from ..ops.dispatch.choose import choose
+from ..ops.dispatch.choose import expected_fastest
 from ..ops.dispatch.geometry import FORMATS, PASSES, Geometry
 from ..ops.dispatch.timing import timing
 
@@ -155,7 +155,7 @@ def expect(case: Geometry) -> Result:
     # On CUDA the shape alone is asked for, and every backend says of a meta tensor what it says of one on CUDA.
     device = 'cpu' if case.device == 'cpu' else 'meta'
     x = torch.empty(case.b, case.c, case.h, case.w, dtype=case.dtype, device=device, memory_format=_memory_format(case))
-    taken = choose(case)
+    taken = expected_fastest(case)
     if case.device != 'cpu':
         reasons = {name: backend.unsupported(x) for name, backend in BACKENDS.items()}
         able = ', '.join(name for name, reason in reasons.items() if reason is None)
@@ -167,8 +167,8 @@ def expect(case: Geometry) -> Result:
     note = ''
     if cost.kh * cost.kw <= 9 or min(cost.kh, cost.kw) == 1:
         note = f'{cost.kh}×{cost.kw} taps meet the map: always native'
-    elif case.what == 'input gradient' and taken != 'fft' and 'fft' == choose(
-            case._replace(what='weight gradient')) == choose(case, is_transformed=True):
+    elif case.what == 'input gradient' and taken != 'fft' and 'fft' == expected_fastest(
+            case._replace(what='weight gradient')) == expected_fastest(case, is_transformed=True):
         note = 'beside the weight gradient fft, with one transform for both'
     return Result(case, taken, expected, {}, note)
 

@@ -1,17 +1,58 @@
-"""The backend that is expected to be the fastest, by the geometry of a convolution alone."""
+"""The backend of a pass: the requested one, or the fastest that is accurate for its values and can run."""
+import logging
 from functools import lru_cache
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 
-from . import costs, cpu
+from ..backends import BACKENDS, fft
+from . import costs, cpu, race
 from .geometry import Geometry
 
-__all__ = ['choose', 'choose_over_channels']
+__all__ = ['choose', 'choose_over_channels', 'expected_fastest']
+
+_logger = logging.getLogger(__name__)
 
 
-def choose(g: Geometry, transform: bool = True, is_transformed: bool = False) -> str:
-    """The backend that is expected to be the fastest for a pass; 'native' where that is not the CPU's.
+def choose(g: Geometry, requested: Optional[str], args: Tuple, is_transformed: bool = False) -> str:
+    """The name of the backend for a pass.
+
+    Args:
+        g: The pass.
+        requested: The requested backend.
+        args: Of `Backend.compute`.
+        is_transformed: See `expected_fastest`.
+
+    Raises:
+        ValueError: The requested backend cannot run.
+    """
+    x = args[0]
+    if requested is not None:
+        reason = BACKENDS[requested].unsupported(x)
+        if reason is not None:
+            raise ValueError(f'backend {requested!r} was requested and cannot run: {reason}')
+        return requested
+    if race.is_on(x):
+        return race.fastest(g, args)
+    name = expected_fastest(g, is_transformed=is_transformed)
+    if name == 'fft' and not _is_accurate_by_fft(g.what, args):
+        name = expected_fastest(g, transform=False)
+    reason = BACKENDS[name].unsupported(x)
+    if reason is None:
+        return name
+    _logger.debug('backend %s is skipped: %s', name, reason)
+    return 'native'
+
+
+def _is_accurate_by_fft(what: str, args: Tuple) -> bool:
+    """Whether a transform is about as accurate as a direct convolution for these values."""
+    if what == 'weight gradient':
+        return fft.is_in_range(args[0], args[1])
+    return fft.is_accurate(args[0], args[1] if what == 'output' else args[2])
+
+
+def expected_fastest(g: Geometry, transform: bool = True, is_transformed: bool = False) -> str:
+    """The backend that is expected to be the fastest by the geometry alone; 'native' where that is not the CPU's.
 
     Args:
         g: The pass.
@@ -20,13 +61,13 @@ def choose(g: Geometry, transform: bool = True, is_transformed: bool = False) ->
     """
     if g.device != 'cpu':
         return 'native'
-    return _choose(g, transform, is_transformed, cpu.HERE, torch.get_num_threads(), bool(torch.backends.mkldnn.enabled))
+    return _cached(g, transform, is_transformed, cpu.HERE, torch.get_num_threads(), bool(torch.backends.mkldnn.enabled))
 
 
 # A convolution leaves the processor's caches without this package's code: counting operations anew takes 35 µs.
 @lru_cache(4096)
-def _choose(g: Geometry, transform: bool, is_transformed: bool, *machine: Any) -> str:
-    """Choose on a machine: the CPU, the number of threads, and whether oneDNN is on. `costs` asks for them itself."""
+def _cached(g: Geometry, transform: bool, is_transformed: bool, *machine: Any) -> str:
+    """On a machine: the CPU, the number of threads, and whether oneDNN is on. `costs` asks for them itself."""
     g = g.cropped()
     if g.kh * g.kw <= 9 or min(g.kh, g.kw) == 1:
         return 'native'
@@ -38,7 +79,7 @@ def _choose(g: Geometry, transform: bool, is_transformed: bool, *machine: Any) -
 
 def forget() -> None:
     """Choose anew: for tests that replace `costs.expected`."""
-    _choose.cache_clear()
+    _cached.cache_clear()
 
 
 def choose_over_channels(

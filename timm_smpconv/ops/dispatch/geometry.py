@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H and W height and width, KH and KW height and widt
 from typing import NamedTuple, Tuple
 
 import torch
+import torch.nn.functional as F
 
 from ..backends.native import memory_format
 from . import cpu
@@ -44,10 +45,6 @@ class Geometry(NamedTuple):
         device = 'cpu' if x.is_cpu else x.device.type  # the type alone takes 5 µs
         return cls(what, b, c, h, w, kh, kw, memory_format(x) is torch.channels_last, x.dtype, device)
 
-    def is_empty(self) -> bool:
-        """Whether there is nothing to convolve."""
-        return self.b * self.c * self.h * self.w == 0
-
     @property
     def margins(self) -> Tuple[int, int]:
         """Rows and columns on every side of the kernel that meet nothing but padding: cropping them is exact."""
@@ -67,6 +64,15 @@ class Geometry(NamedTuple):
             return weight
         dy, dx = self.margins
         return weight[:, :, dy:self.kh - dy, dx:self.kw - dx]
+
+    def finish(self, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """y in the dtype: a weight's gradient of full size and contiguous, else in the memory format of the pass."""
+        if y.dtype != dtype:
+            y = y.to(dtype)
+        if self.what != 'weight gradient':
+            return y.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        dy, dx = self.margins
+        return (F.pad(y, (dx, dx, dy, dy)) if dy or dx else y).contiguous()
 
     @property
     def setting(self) -> str:

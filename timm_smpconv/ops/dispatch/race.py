@@ -6,10 +6,12 @@ themselves.
 """
 import logging
 from collections import Counter
-from typing import Callable, Counter as CounterType, Dict
+from functools import partial
+from typing import Counter as CounterType, Tuple
 
 import torch
 
+from ..backends import BACKENDS, Backend
 from .geometry import Geometry
 from .kept import Kept
 
@@ -33,20 +35,23 @@ def _is_switched_on() -> bool:
     return torch.backends.cudnn.benchmark and not deterministic
 
 
-def fastest(g: Geometry, candidates: Dict[str, Callable[[], torch.Tensor]]) -> str:
-    """The name of the fastest candidate: timed at the first call of a pass, remembered for the next ones.
+def fastest(g: Geometry, args: Tuple) -> str:
+    """The name of the fastest backend: timed at the first call of a pass, remembered for the next ones.
 
     'native' while a CUDA graph is captured, unless it was timed before, and for more shapes of one case than `MOST`.
 
     Args:
         g: The pass.
-        candidates: Functions that compute it, by the name of a backend.
+        args: Of `Backend.compute`.
     """
     name, case = _kept.fastest(g), g._replace(b=0, h=0, w=0)
     if name is not None:
         return name
     if _shapes[case] >= MOST or torch.cuda.is_current_stream_capturing():
         return 'native'
+    candidates = {
+        name: partial(_computed, backend, g, args)
+        for name, backend in BACKENDS.items() if backend.unsupported(args[0]) is None}
     with torch.no_grad():
         times = _kept.measure(g, candidates, candidates['native'](), g.dtype, str(g))
     if times:
@@ -54,3 +59,7 @@ def fastest(g: Geometry, candidates: Dict[str, Callable[[], torch.Tensor]]) -> s
         torch.cuda.empty_cache()  # as PyTorch does after its own: the losers may have taken gigabytes
         _logger.info('%s: ms %s', g, ', '.join(f'{name} {ms:.3g}' for name, ms in times.items()))
     return _kept.fastest(g) or 'native'
+
+
+def _computed(backend: Backend, g: Geometry, args: Tuple) -> torch.Tensor:
+    return g.finish(backend.compute(g.what, args), g.dtype)
