@@ -6,6 +6,7 @@ Shapes: images (B, 1, H, W), logits (B, 10).
 """
 import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, cast
 
@@ -18,6 +19,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed, reparameterize_model
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from ..._files import check_no_folder, written_beside
@@ -32,6 +34,7 @@ BATCH_SIZE = 32
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 EMA_DECAY = 0.97
+STATISTICS_BATCHES = 10
 
 
 class _Setup(NamedTuple):
@@ -129,7 +132,12 @@ def _train(
         train: torch.utils.data.DataLoader,
         held_out: torch.utils.data.DataLoader,
 ) -> Tuple[nn.Module, _Motion]:
-    """Train a model in place. Returns a model with the moving average of its weights, and the motion of its points."""
+    """Train a model in place.
+
+    Returns:
+        A model with the moving average of its weights, whose BatchNorm statistics are taken anew after each epoch.
+        The motion of its points.
+    """
     ema = ModelEmaV3(model, decay=EMA_DECAY)
     motion = _Motion(ema.module, epochs * len(train))
     optimizer = create_optimizer_v2(model, 'smpadamw', lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
@@ -152,7 +160,9 @@ def _train(
                 scheduler.step_update(updates)
                 bar.update()
                 bar.set_postfix_str(f'epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}', refresh=False)
-            logits, labels = _logits(model, held_out)
+            # The average of the statistics lags far behind that of the weights, and so do the model's own at first.
+            update_bn((_channels_last(x) for x, _ in islice(train, STATISTICS_BATCHES)), ema.module)
+            logits, labels = _logits(ema.module, held_out)
             bar.write(f'epoch {epoch + 1}: held-out accuracy {_accuracy(logits, labels):.2%}')
     return ema.module, motion
 
