@@ -49,7 +49,7 @@ def toeplitz(x, weight):
     return torch.bmm(x.movedim(1, 0).flatten(2), matrix).unflatten(2, (h, w)).movedim(0, 1)
 
 
-def ways(x):
+def compared(x):
     """What is compared for x: name → function of x and weight, and the memory format of x."""
     found = {}
     for name in ('triton', 'fft'):
@@ -105,18 +105,18 @@ def ops(args):
                 allow_tf32(False)
                 exact = [run() for run in passes(forced('native'), x, weight, cotangent)]
                 allow_tf32(tf32)
-                for way, (convolve, layout) in ways(x).items():
+                for variant, (convolve, layout) in compared(x).items():
                     inputs = x.contiguous(memory_format=layout), weight, cotangent.contiguous(memory_format=layout)
                     try:
                         runs = passes(convolve, *inputs)
                         for what, run, expected in zip(PASSES, runs, exact):
-                            agree(f'{what} by {way}', run(), expected, TOLERANCE[dtype_name])
+                            agree(f'{what} by {variant}', run(), expected, TOLERANCE[dtype_name])
                     except (SystemExit, RuntimeError) as error:
-                        wrong.append(way)
-                        print(f'  {way:22}{error}', flush=True)
+                        wrong.append(variant)
+                        print(f'  {variant:22}{error}', flush=True)
                         continue
                     times = [milliseconds(run) for run in runs]
-                    print(f'  {way:22}' + ' | '.join(f'{w} {t:8.3f}' for w, t in zip(PASSES, times))
+                    print(f'  {variant:22}' + ' | '.join(f'{w} {t:8.3f}' for w, t in zip(PASSES, times))
                           + f' | all {sum(times):8.3f}', flush=True)
     if wrong:
         print(f'\nwrong or failed: {", ".join(sorted(set(wrong)))}')

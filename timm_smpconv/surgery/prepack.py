@@ -23,8 +23,8 @@ def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Modul
     much memory as the weights, or several times as much for transforms. Weights that require gradients again are not
     cached, and weights in oneDNN's format are not where `fused_conv2d` does not compute in one pass.
 
-    With `images`, every convolution times on a CPU all the ways to compute it for inputs such as theirs, and takes the
-    fastest from then on. That takes about 20 forward passes. Inputs of another size, dtype, memory format or number of
+    With `images`, every convolution on a CPU times its alternatives for inputs such as theirs and uses the fastest from
+    then on. That takes about 20 forward passes. Inputs of another size, dtype, memory format or number of
     threads are computed as without `images`. Call it again with other images to measure those as well.
 
     Args:
@@ -65,5 +65,5 @@ def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Modul
 
 
 def _measure(module: Any, args: Tuple[torch.Tensor, ...], kwargs: Dict[str, torch.Tensor]) -> None:
-    """A forward pre-hook: time the ways to compute this convolution, and remember the fastest."""
+    """A forward pre-hook: time the alternatives of this convolution, and remember the fastest."""
     module.measure(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""The depthwise convolutions of any network, replaced by SMP convolutions.
+"""Replace the depthwise convolutions of any network by SMP convolutions.
 
-Shapes: B batch, C channels, k×k samples of a kernel that was there, K×K of the one that takes its place (rectangular
-ones, too), N the number of all samples of a kernel, P points, R rows that span the kernels of all channels.
+Shapes: B batch, C channels, k×k samples of an old kernel and K×K of the new one (which may also be rectangular), N the
+number of all samples of a kernel, P points, R rows that span the kernels of all channels.
 """
 import math
 from contextlib import contextmanager
@@ -110,37 +110,37 @@ def replace_depthwise(
 ) -> ReplaceReport:
     """Replace depthwise convolutions of a network by SMP convolutions of the same or a larger size, in place.
 
-    With `fit` the network goes on from where it was. A k×k kernel keeps its samples: it takes the central k×k of a
-    larger one, and the rest is zero. With at least k * k points the new kernels equal the old ones up to rounding: one
-    point stands at each old sample and the others, of weight 0, are drawn as in a new `SMPKernel`. With fewer, the
-    weights are the least squares fit to all channels, and positions and radii descend its residual (variable
-    projection; Golub and Pereyra, 1973). The fit runs in float64 on the CPU and draws no global random numbers: the
-    same network gives the same points on every device.
+    With `fit`, the points are fitted to the old kernels, and the network goes on from where it was. A larger kernel
+    has the k×k samples of the old one at its centre and zeros around them. With at least k * k points, the new kernels
+    equal the old ones up to rounding: one point stands at each old sample, and the others have weight 0 and are drawn
+    as in a new `SMPKernel`. With fewer points, the weights are the least squares fit to all channels, and the positions
+    and radii minimize its residual by gradient descent (variable projection; Golub and Pereyra, 1973). The fit runs in
+    float64 on the CPU and draws no global random numbers, so the same network gives the same points on every device.
 
-    Replaced is what computes a depthwise `nn.Conv2d` of stride 1 and dilation 1 with odd kernels, padded with zeros so
-    that it keeps the size. Everything else is left alone, and the report says why. A bias stays the same parameter, a
-    module used in several places becomes one module there. Frozen weights become frozen points.
+    This replaces every depthwise `nn.Conv2d` of stride 1 and dilation 1 that has odd kernels and whose zero padding
+    keeps the size. It leaves everything else alone, and the report says why. A bias stays the same parameter. A module
+    that is used in several places is replaced by one module. Frozen weights become frozen points.
 
     Args:
-        model: Any network, in either mode. A convolution that is the model itself has no place to be replaced in.
-        kernel_size: Size of the new kernels, odd: one for all; None for the old ones; or a dict, whose first matching
-            entry decides and which leaves alone what no entry matches. Its keys are old sizes, as in `{7: 31}`, or
+        model: Any network, in either mode. It must contain the convolutions: it cannot itself be replaced.
+        kernel_size: The odd size of all new kernels; None to keep the old sizes; or a dict, of which the first matching
+            entry counts. Convolutions that match no entry are left alone. The keys are old sizes, as in `{7: 31}`, or
             names of modules with the wildcards of `fnmatch`, as in `{'stages.0.*': 31, 'stages.3.*': None}`.
-        min_size: Kernels with a shorter side than this are left alone, whatever `kernel_size` says.
-        fit: Fit the points to the kernels that were there. If false, they get the initial values of `SMPConv2d`: for
-            training from scratch, or before the weights of a replaced network are loaded.
-        points: Number of points of each kernel; by default k * k, and a quarter of the samples that a larger kernel
-            adds.
-        images: On which to compare the outputs, (B, channels, H, W). By default two of random numbers, if the model has
-            a `pretrained_cfg` with an input size, as timm's have.
+        min_size: Leave kernels with a shorter side than this alone, whatever `kernel_size` says.
+        fit: Fit the points to the old kernels. If false, they get the initial values of `SMPConv2d`, for training from
+            scratch or for loading the weights of a replaced network.
+        points: The number of points of each kernel. The default is k * k, plus a quarter of the samples that a larger
+            kernel adds.
+        images: Images (B, channels, H, W) on which to compare the outputs. The default is two images of random numbers,
+            if the model has a `pretrained_cfg` with an input size, as timm's models have.
 
     Returns:
         How far each kernel and the outputs moved, and what was left alone.
 
     Raises:
-        ValueError: An argument breaks the rules above, nothing can be replaced, an entry of a dict matches nothing that
-            can, kernels to fit are not finite or on the meta device, or the model fails on random images.
-            On any error the model is unchanged.
+        ValueError: An argument breaks the rules above, no convolution can be replaced, an entry of the dict matches
+            none that can be, kernels to fit are on the meta device or not finite, or the model fails on random images.
+            The model is unchanged after any error.
 
     Example:
         >>> import timm, timm_smpconv
@@ -367,7 +367,7 @@ def _descend(
         count: int,
         largest: float,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fit fewer points than samples: start at the strongest samples and descend the residual of the least squares.
+    """Fit fewer points than samples: start at the strongest samples and minimize the residual of the least squares.
 
     The residual's gradient is the one with the weights held fixed, since they are optimal (the envelope theorem).
     """

@@ -1,4 +1,4 @@
-"""SMP kernels have no size of their own: render those of a whole model at another one."""
+"""Render all SMP kernels of a model at other sizes."""
 import math
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, TypeVar, Union
 
@@ -22,10 +22,10 @@ def resize_kernels(
 ) -> _ModelT:
     """Render all SMP kernels of a model at other sizes, scaled so that they stay the same continuous convolutions.
 
-    `SMPKernel.resize` says what stays the same. Parameters do not change, nor do the keys and shapes of the state dict:
-    a checkpoint fits at every size, and does not tell the size. So resize after `create_model`, before merging or
-    compiling. The other layers still see denser maps than they were trained with: take the statistics of the BatchNorms
-    anew, as docs/kernel-size.md shows, or train on.
+    `SMPKernel.resize` says what stays the same. The parameters do not change, and neither do the keys and shapes of the
+    state dict, so a checkpoint fits a model of any size and does not store the size. Resize a model after
+    `create_model` and before merging or compiling it. Its other layers then get denser maps than in training: compute
+    the BatchNorm statistics again, as docs/kernel-size.md shows, or continue the training.
 
     A sequence network takes sequences that are longer or shorter in the same proportion.
 
