@@ -16,16 +16,16 @@ __all__ = ['prepack']
 def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Module:
     """Freeze a merged model and let it cache what its convolutions derive from their weights.
 
-    The weights in oneDNN's format, on CPUs with AVX2 or AVX-512, and the transforms of large kernels where they are
-    convolved by FFT. Without prepacking they are derived again in every forward pass. A cached copy is made in the
-    first pass without gradients, and again when the size of the input or the weights change. Changes that PyTorch does
-    not count (in place through `.data` or NumPy, or by another process) go unnoticed: prepack again. The copies take as
-    much memory as the weights, or several times as much for transforms. Weights that require gradients again are not
-    cached, and weights in oneDNN's format are not where `fused_conv2d` does not compute in one pass.
+    Cached are the weights in oneDNN's format, on CPUs with AVX2 or AVX-512, and the transforms of large kernels that
+    are convolved by FFT. Without prepacking, every forward pass computes them again. The first pass without gradients
+    makes the copies, and they are made again when the input size or the weights change. PyTorch does not count some
+    changes (in place through `.data` or NumPy, or by another process): call `prepack` again after those. The copies
+    take as much memory as the weights, and those of transforms several times as much. Weights that require gradients
+    again are not cached, nor are weights in oneDNN's format where `fused_conv2d` does not compute in one pass.
 
     With `images`, every convolution on a CPU times its alternatives for inputs such as theirs and uses the fastest from
-    then on. That takes about 20 forward passes. Inputs of another size, dtype, memory format or number of
-    threads are computed as without `images`. Call it again with other images to measure those as well.
+    then on. That takes about 20 forward passes. Inputs of another size, dtype, memory format or number of threads are
+    computed as without `images`. Call `prepack` again with other images to measure those as well.
 
     Args:
         model: Merged by `timm.utils.reparameterize_model`, or holding such models. It is changed in place.
