@@ -78,4 +78,4 @@ def docs(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """Whole models, whole round trips, other programs."""
     install(session, '-e', '.[test]')
-    run(session, 'pytest', '-n', '2', '--dist', 'loadgroup', '-m', 'slow', *session.posargs)
+    run(session, 'pytest', '-n', '2', '--dist', 'loadgroup', '-m', 'slow', '--durations', '20', *session.posargs)
