@@ -86,6 +86,7 @@ def convert(
         tag: Optional[str] = None,
         weights: Optional[str] = None,
         merged: bool = False,
+        downloaded: bool = False,
 ) -> List[Converted]:
     """See the top of this file. Nothing is written if anything is wrong.
 
@@ -96,6 +97,7 @@ def convert(
         tag: What it was trained on; a tag of sources.yaml or your own. By default that of the published weights.
         weights: 'ema' or 'model': which to take if the checkpoint has both. By default 'ema'.
         merged: Write the merged model to the folder OUT-merged as well.
+        downloaded: The checkpoint comes from the place that sources.yaml names, so that the accuracy there is its own.
 
     Raises:
         ValueError: `out` is a folder that must not be replaced.
@@ -132,7 +134,8 @@ def convert(
             model.pretrained_cfg.update(license=None, origin_url=None)
         labels = ImageNetInfo().label_descriptions() if is_imagenet(dataset, model) else None
         facts = {
-            'published': is_published(entry, authors and kind == select_weights(content)[1], sha256),
+            'published': is_published(
+                entry, authors and kind == select_weights(content)[1], None if downloaded else sha256),
             'origin': f'{"EMA" if kind == "ema" else "model"} weights from a checkpoint in '
                       f'the layout of {"the authors" if authors else "timm-smpconv"}, sha256 {sha256}',
             'license': model.pretrained_cfg['license'],
@@ -217,16 +220,18 @@ def is_imagenet(dataset: Optional[Mapping[str, Any]], model: Model) -> bool:
     return dataset is not None and dataset['id'] == 'imagenet-1k' and model.num_classes == 1000
 
 
-def is_published(entry: Optional[Mapping[str, Any]], authors: bool, sha256: str) -> Optional[bool]:
-    """Whether these are the weights whose accuracy the entry gives; None if their hash is not recorded.
+def is_published(entry: Optional[Mapping[str, Any]], authors: bool, sha256: Optional[str]) -> Optional[bool]:
+    """Whether these are the weights whose accuracy the entry gives; None if nothing tells.
 
     Args:
         entry: Of these weights in sources.yaml.
         authors: Whether they are in the authors' layout, and those that are preferred of their file.
-        sha256: Of that file.
+        sha256: Of that file; None if it comes from the place that the entry names.
     """
     if not entry or not entry['origin'] or not authors:
         return False
+    if sha256 is None:
+        return True
     known = entry['origin']['sha256']
     return None if known is None else known == sha256
 

@@ -97,13 +97,16 @@ def publish_authors(org: str, names: Optional[List[str]], work: Path, upload: bo
     origins = {}
     for name in names:
         file = work / f'{name}.pth'
-        hub.download_authors(name, file)
+        try:
+            hub.download_authors(name, file)
+        except DataError as error:
+            raise DataError(f'{error}, and publish.py from {file}') from error
         origins[name] = {'bytes': file.stat().st_size, 'sha256': hub.file_sha256(file)}
         known = {key: value for key, value in listed[name]['origin'].items() if key in origins[name] and value}
         if not known.items() <= origins[name].items():
             raise DataError(f'{file} must have {known}, as recorded in {hub.SOURCES.name}, got {origins[name]}')
         model, _, tag = name.partition('.')
-        for written in convert(file, model, work / name, tag, merged=True):
+        for written in convert(file, model, work / name, tag, merged=True, downloaded=True):
             print(f'{written.folder}: logits differ by {written.difference:.1e} relative')
             uploads.append(planned(written.folder, f'{org}/{written.folder.name}'))
     show(uploads)

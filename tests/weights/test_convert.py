@@ -346,17 +346,19 @@ def test_checkpoints_of_other_dtypes(folder, dtype, tmp_path):
         assert difference(model(image()), logits(wide, 'smpconv_mobile31', image())) < 1e-5
 
 
-@pytest.mark.parametrize('preferred,known,words', [
-    (True, None, "82.5 as published for the authors' checkpoint .*; not verified to be that checkpoint;"),
-    (True, 'right', "82.5 as published for the authors' checkpoint .*; not re-measured"),
-    (True, '0' * 64, 'not measured for these weights; 82.5'),
-    (False, 'right', 'not measured for these weights; 82.5'),
+@pytest.mark.parametrize('preferred,known,sha256,words', [
+    (True, None, 'right', "82.5 as published for the authors' checkpoint .*; not verified to be that checkpoint;"),
+    (True, 'right', 'right', "82.5 as published for the authors' checkpoint .*; not re-measured"),
+    (True, None, None, "82.5 as published for the authors' checkpoint .*; not re-measured"),  # just downloaded
+    (True, '0' * 64, 'right', 'not measured for these weights; 82.5'),
+    (False, 'right', 'right', 'not measured for these weights; 82.5'),
+    (False, None, None, 'not measured for these weights; 82.5'),
 ])
-def test_the_card_gives_published_accuracy_to_published_weights_alone(preferred, known, words):
+def test_the_card_gives_published_accuracy_to_published_weights_alone(preferred, known, sha256, words):
     entry = hub.load_sources()['smpconv_tiny.in1k']
     entry['origin']['sha256'] = known
     facts = dict(
-        published=convert.is_published(entry, preferred, 'right'), merged=False, parameters=1, origin='here',
+        published=convert.is_published(entry, preferred, sha256), merged=False, parameters=1, origin='here',
         num_classes=1000, num_features=1, input_size=(3, 224, 224), dataset=entry['dataset'], difference=1e-7,
         license='mit', labels=True)
     assert re.search(words, card.model_card('smpconv_tiny', 'in1k', entry, facts))

@@ -159,7 +159,7 @@ def without_networks(monkeypatch):
         downloaded.append(name)
         path.write_text(name)
 
-    def converted(file, model, out, tag, merged):
+    def converted(file, model, out, tag, merged, downloaded):
         for folder in (out, out.with_name(f'{out.name}-merged')):
             yield convert.Converted(write_folder(folder, folder.name.encode()), 1e-7, '')
 
@@ -206,6 +206,13 @@ def test_names_without_an_authors_file(run, table, name, tmp_path):
     status, _, err = run('--only', name, '--org', 'timm-smpconv', '--work', tmp_path / 'work')
     assert status == 2 and f'--only must name some of {TINY}, ' in err and err.strip().endswith(f'got {name}')
     assert not (tmp_path / 'work').exists()
+
+
+def test_a_file_that_the_drive_does_not_send(run, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    status, _, err = run('--only', TINY, '--org', 'timm-smpconv', '--work', tmp_path / 'work')
+    assert status == 1 and len(err.splitlines()) == 1
+    assert err.endswith(f'takes the file from elsewhere, and publish.py from {tmp_path}/work/{TINY}.pth\n')
 
 
 LOAD = '''
