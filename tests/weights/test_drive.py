@@ -514,13 +514,14 @@ def test_killed_in_the_middle(drive, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_hub(drive, checkpoint, tmp_path):
+def test_torch_hub_and_offline(drive, checkpoint, tmp_path):
     code = (
         'import torch\n'
         f'model = torch.hub.load({str(ROOT)!r}, "{MODEL}", source="local", pretrained=True)\n'
         'torch.save(model.state_dict(), "out.pth")\n')
-    finished(python(drive, tmp_path, '-c', code, PYTHONPATH=''))
-    assert same(torch.load(tmp_path / 'out.pth'), weights_of(checkpoint))
+    for offline in '0', '1':
+        finished(python(drive, tmp_path, '-c', code, PYTHONPATH='', HF_HUB_OFFLINE=offline))
+        assert same(torch.load(tmp_path / 'out.pth'), weights_of(checkpoint)) and drive.sent() == [None]
 
 
 @pytest.mark.slow

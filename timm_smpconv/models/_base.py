@@ -218,7 +218,7 @@ def build(
         feature_indices: Sequence[int],
         **kwargs: Any,
 ) -> Any:
-    """Build a model by timm's builder, with verified weights."""
+    """Build a model by timm's builder, with the weights that `prepare_pretrained` finds."""
     if pretrained:
         kwargs = prepare_pretrained(variant, kwargs)
     model = build_model_with_cfg(

@@ -20,7 +20,7 @@ from filelock import FileLock
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
-from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
 from tqdm import tqdm
 
 from .._errors import DataError
@@ -164,7 +164,8 @@ def download_authors(name: str, path: Path) -> None:
     Raises:
         CheckpointError: It cannot be downloaded, or there is no room for it.
     """
-    url, cfg = load_sources()[name]['origin']['file'], get_pretrained_cfg(name)
+    url, cfg = load_sources()[name]['origin']['file'], resolve_pretrained_cfg(name)
+    licence = f'licence {str(cfg.license).upper()}, {cfg.origin_url}'
     bar: Optional[tqdm] = None
 
     def progress(done: int, total: Optional[int]) -> None:
@@ -175,13 +176,12 @@ def download_authors(name: str, path: Path) -> None:
                 raise DataError(f'{path.parent} must have room for {total - done:,} more bytes, got {free:,} free ones')
             size = f'{total / 1e6:.1f} MB' if total else 'of unknown size'
             _logger.warning(  # not info, which nobody sees who has not set up logging
-                "Downloading %s, the authors' weights (%s, licence %s, %s), from %s", name, size, cfg.license.upper(),
-                cfg.origin_url, url)
+                "Downloading %s, the authors' weights (%s, %s), from %s", name, size, licence, url)
             bar = tqdm(total=total, initial=done, desc=name, unit='B', unit_scale=True)
         bar.update(done - bar.n)
 
     try:
-        if constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE and not path.exists():
             raise DataError(f'HF_HUB_OFFLINE forbids to download {url}')
         download(url, path, progress)
     except DataError as error:
