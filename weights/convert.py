@@ -132,7 +132,7 @@ def convert(
             check_entry(f'{name}.{tag}', entry, model, authors)
         else:  # the licence is up to whoever trained it
             model.pretrained_cfg.update(license=None, origin_url=None)
-        labels = ImageNetInfo().label_descriptions() if is_imagenet(dataset, model) else None
+        labels = list(map(ImageNetInfo().index_to_description, range(1000))) if is_imagenet(dataset, model) else None
         facts = {
             'published': is_published(
                 entry, authors and kind == select_weights(content)[1], None if downloaded else sha256),
@@ -206,7 +206,7 @@ def check_task(name: str, content: Mapping[str, Any]) -> None:
 
 def check_entry(name: str, entry: Mapping[str, Any], model: Model, authors: bool) -> None:
     """Refuse weights that are not those listed under this model.tag."""
-    cfg = timm.get_pretrained_cfg(name)
+    cfg: Any = timm.get_pretrained_cfg(name)
     listed = {'num_classes': cfg.num_classes, 'in_chans': cfg.input_size[0]}
     found = {key: getattr(model, key) for key in listed}
     if found != listed:

@@ -150,6 +150,7 @@ def test_the_cifar10_and_sequence_networks(name, tmp_path, server, monkeypatch):
     assert difference(classify['probabilities'], expected.softmax(1)[0]) < 1e-4
     classifier = [sd[key].flatten(1) if key.endswith('weight') else sd[key] for key in sd if key.startswith(
         ('out_layer.', 'finallyr.'))]
+    assert f'# (1, {embeddings["embeddings"].shape[1]})\n' in text
     of_embeddings = torch.nn.functional.linear(embeddings['embeddings'], *classifier)
     with torch.inference_mode():
         assert difference(of_embeddings, reference_smp.logits(double(sd), name, embeddings['x'].double())) < 1e-4
