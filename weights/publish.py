@@ -14,10 +14,11 @@ import json
 import re
 import sys
 import tempfile
+from contextlib import contextmanager
 from functools import partial
 from itertools import starmap
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Union
+from typing import Any, Dict, Generator, List, Mapping, NamedTuple, Optional, Union
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -67,17 +68,23 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.folder:
+        check_rights([args.repo_id], args.upload)
+        item = planned(args.folder, args.repo_id)
+        show([item], args.revision)
+        if args.upload:
+            publish(item, args.private, args.revision)
+    else:
+        publish_authors(args.org, None if args.all else args.only, args.work, args.upload, args.private)
+    if not args.upload:
+        print('nothing was uploaded; --upload does it')
+
+
+@contextmanager
+def asks_the_hub() -> Generator[None, None, None]:
+    """Tell in one sentence what the Hub's client raises."""
     try:
-        if args.folder:
-            check_rights([args.repo_id], args.upload)
-            item = planned(args.folder, args.repo_id)
-            show([item], args.revision)
-            if args.upload:
-                publish(item, args.private, args.revision)
-        else:
-            publish_authors(args.org, None if args.all else args.only, args.work, args.upload, args.private)
-        if not args.upload:
-            print('nothing was uploaded; --upload does it')
+        yield
     except (DataError, ValueError):
         raise
     except hub._CLIENT_ERRORS as error:
@@ -140,6 +147,7 @@ def planned(folder: Path, repo_id: str) -> Upload:
     return Upload(repo_id, files, hashes)
 
 
+@asks_the_hub()
 def check_rights(repo_ids: List[str], upload: bool) -> None:
     """Refuse names that the Hub does not take and, before an upload, a token that may not write there."""
     for repo_id in repo_ids:
@@ -175,6 +183,7 @@ def show(uploads: List[Upload], revision: str = 'main') -> None:
             print(f'{size:>12,} bytes  {item.hashes[name]}  {name}')
 
 
+@asks_the_hub()
 def publish(item: Upload, private: bool, revision: str = 'main') -> str:
     """Upload, download again and compare. Returns the commit."""
     api = HfApi()

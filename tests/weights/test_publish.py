@@ -215,6 +215,15 @@ def test_a_file_that_the_drive_does_not_send(run, table, tmp_path, monkeypatch):
     assert err.endswith(f'takes the file from elsewhere, and publish.py from {tmp_path}/work/{TINY}.pth\n')
 
 
+def test_a_full_disk(run, table, without_networks, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError('the disk is full')
+
+    monkeypatch.setattr(publish, 'convert', fail)
+    status, _, err = run('--only', TINY, '--org', 'timm-smpconv', '--upload', '--work', tmp_path / 'work')
+    assert status == 1 and err == 'publish: the disk is full\n'
+
+
 LOAD = '''
 import sys
 import timm, torch
