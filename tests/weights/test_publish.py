@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import starmap
 from pathlib import Path
 
 import convert
@@ -231,12 +232,14 @@ import timm_smpconv
 print(timm_smpconv.__file__, file=sys.stderr)
 image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 series = torch.randn(1, 3, 182, generator=torch.Generator().manual_seed(1))
+maps = []
 with torch.inference_mode():
     found = [timm.create_model("smpconv_tiny", pretrained=True).eval()(image)]
     found.append(timm.create_model("smpconv_tcn_ct", pretrained=True).eval()(series))
-    found.append(timm.create_model("hf-hub:timm-smpconv/smpconv_tiny.in1k", pretrained=True).eval()(image))
-    found.append(timm.create_model("hf-hub:timm-smpconv/smpconv_tiny.in1k-merged", pretrained=True).eval()(image))
-torch.save((image, series, found), "found.pth")
+    for repo in "hf-hub:timm-smpconv/smpconv_tiny.in1k", "hf-hub:timm-smpconv/smpconv_tiny.in1k-merged":
+        found.append(timm.create_model(repo, pretrained=True).eval()(image))
+        maps.append(timm.create_model(repo, pretrained=True, features_only=True).eval()(image))
+torch.save((image, series, found, maps), "found.pth")
 '''
 
 
@@ -291,11 +294,12 @@ def test_publishing_day(tmp_path):
 
         loaded = python('-c', LOAD, cwd=elsewhere, home='other machine', **server.environment())
         assert str(checkout) in loaded.stderr
-        image, series, found = torch.load(elsewhere / 'found.pth')
+        image, series, found, maps = torch.load(elsewhere / 'found.pth')
         expected = logits(states[TINY], 'smpconv_tiny', image)
         assert difference(found[0], expected) < 1e-5 and difference(found[3], expected) < 1e-4
         assert torch.equal(found[0], found[2])
         assert difference(found[1], reference_smp.logits(double(states[CT]), 'smpconv_tcn_ct', series.double())) < 1e-4
+        assert max(starmap(difference, zip(*maps, strict=True))) < 1e-4
         asked = len(server.requests)
         python('-c', LOAD, cwd=elsewhere, home='other machine', HF_HUB_OFFLINE='1', **server.environment())
         assert len(server.requests) == asked and len(drive.requests) == requests
