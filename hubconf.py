@@ -15,4 +15,4 @@ from timm_smpconv.models.smpconv import (
     smpconv_tiny as smpconv_tiny,
 )
 
-dependencies = ['huggingface_hub', 'safetensors', 'timm', 'torch', 'torchvision']
+dependencies = ['filelock', 'gdown', 'huggingface_hub', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm', 'yaml']

@@ -25,7 +25,7 @@ if SAID_CPU:
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one thread a worker, also in the processes that it starts
     os.environ.update(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')  # read when torch is imported
 
-os.environ['HF_ASSETS_CACHE'] = os.devnull  # no converted weights there, whatever this user has; read when imported
+os.environ['HF_ASSETS_CACHE'] = os.devnull  # no weights there, whatever this user has; read when imported
 
 import torch
 

@@ -133,8 +133,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:fault[0]] if fault else body)
         if fault:
             drive.reached.set()
-            if fault[1]:
-                fault[1]()
+            if fault[1] and fault[1]() is not False:
                 with contextlib.suppress(OSError):
                     self.wfile.write(body[fault[0]:])
             self.close_connection = True
@@ -162,7 +161,7 @@ class DriveServer:
     Attributes:
         requests: (host, path, Range or None) of each.
         faults: What happens to the next answers with a file, in their order: None, or (bytes, function). After as many
-            bytes the connection ends; a function is called before, and the rest is sent.
+            bytes the connection ends; a function is called before, and the rest is sent unless it returns False.
         reached: An event, set when a fault is reached.
     """
     def __init__(self, folder: Path):

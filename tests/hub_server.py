@@ -11,8 +11,8 @@ Read from these files of huggingface_hub:
 The Hub and its store of large files are two hosts, so this server opens two ports. On a single host the client would
 follow the redirect to the store and miss the headers of the Hub's own response. Like the real store, this one rejects
 tokens.
-Unsupported: datasets and spaces, copies, pull requests, gated repositories, paging, and Xet. Where hf_xet is installed,
-the client uploads with Xet whatever a server offers; `environment` disables that.
+Of datasets it serves files only. Unsupported: spaces, copies, pull requests, gated repositories, paging, and Xet. Where
+hf_xet is installed, the client uploads with Xet whatever a server offers; `environment` disables that.
 Stricter than the Hub: a model card without a YAML header is an error here and a warning there.
 """
 import base64
@@ -469,6 +469,6 @@ ROUTES = (
     ('POST', rf'/{REPO}\.git/info/lfs/objects/batch', HubServer.batch),
     ('POST', rf'/{REPO}\.git/info/lfs/objects/verify', HubServer.verify),
     ('PUT', f'/lfs/{REPO}/(?P<oid>[^/]+)/(?P<size>[0-9]+)', HubServer.upload),
-    ('GET HEAD', f'/{REPO}/resolve/{REVISION}/(?P<path>.+)', HubServer.resolve),
+    ('GET HEAD', f'/(?:datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)', HubServer.resolve),
     ('GET HEAD', f'/cdn/{REPO}/(?P<oid>[^/]+)/(?P<path>.+)', HubServer.download),
 )

@@ -1,13 +1,12 @@
 """The oracle: the mathematics of SMPConv written plainly, with nothing of the package's layers and operators.
 
-The plain networks themselves are in timm_smpconv/tools/authors_weights/authors_imagenet.py, since conversions are
+The plain networks themselves are in weights/authors_networks/imagenet.py, since conversions are
 verified by them as well; here are a convolution by its definition, and random weights in the layout of the authors'
 ImageNet code. reference_smp.py has the other networks.
 """
 import torch
 import torch.nn.functional as F
-
-from timm_smpconv.tools.authors_weights.authors_imagenet import (
+from authors_networks.imagenet import (
     CONFIGS as CONFIGS,
     in_authors_layout as in_authors_layout,
     kernel_loop as kernel_loop,

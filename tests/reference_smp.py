@@ -1,6 +1,6 @@
 """The oracle for the CIFAR-10 and the sequence networks, written plainly, with nothing of the package's layers.
 
-The plain networks themselves are in timm_smpconv/tools/authors_weights/authors_smp.py, since conversions are verified
+The plain networks themselves are in weights/authors_networks/smp.py, since conversions are verified
 by them, too; here are random weights in the layout of the authors' code (smp/models, smp/ckconv/nn), and how the
 authors train.
 
@@ -10,9 +10,7 @@ from typing import Any, Dict
 
 import torch
 import torch.nn.functional as F
-from reference import RandomWeights
-
-from timm_smpconv.tools.authors_weights.authors_smp import (
+from authors_networks.smp import (
     SIZES,
     convolve as convolve,
     in_authors_layout as in_authors_layout,
@@ -21,6 +19,7 @@ from timm_smpconv.tools.authors_weights.authors_smp import (
     positions,
     render as render,
 )
+from reference import RandomWeights
 
 _SEQUENCE = dict(in_chans=1, num_classes=10, widths=(30,) * 6, points=30, small=5, bias=False, spread=0.2, gain=1)
 

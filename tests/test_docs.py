@@ -27,9 +27,9 @@ import torch
 import torch._inductor.config
 import yaml
 from conftest import MODELS, difference, shake_norms, wake_weights
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from reference import authors_state_dict
-from test_weights import unpublished
+from test_publish import unpublished
 from timm.data import create_transform, resolve_model_data_config
 from torch.distributed.run import get_args_parser
 from torch.distributed.tensor import DTensor
@@ -139,20 +139,21 @@ def test_commands_for_sequences_are_understood(capsys):
 @pytest.mark.slow
 def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(pretrained, 'BUILT_IN', dict.fromkeys(pretrained.BUILT_IN))  # whatever was published
-    unpublished(tmp_path / 'sources.yaml')
-    (command,) = (args for args in commands('docs/weights.md') if args[:2] == ['python', 'weights/convert.py'])
-    assert convert.main([*command[2:], '--sources', 'sources.yaml']) == 0
-    HfApi(endpoint=server.url, token='hf_writer').create_repo('timm-smpconv/smpconv_tiny.in1k')
-    HfApi(endpoint=server.url, token='hf_writer').upload_folder(
-        repo_id='timm-smpconv/smpconv_tiny.in1k', folder_path='smpconv_tiny.in1k')
-    command, _ = (args for args in commands('docs/weights.md') if args[:2] == ['python', 'weights/publish.py'])
-    assert '--dry-run' in command and publish.main(command[2:]) == 0
+    sources = tmp_path / 'sources.yaml'  # whatever was published
+    sources.write_text(unpublished(pretrained.SOURCES.read_text(encoding='utf-8')), encoding='utf-8')
+    monkeypatch.setattr(pretrained, 'SOURCES', sources)
+    monkeypatch.setenv('HF_TOKEN', 'hf_writer')
+    by_script = [args for args in commands('docs/weights.md') if args[:1] == ['python']]
+    for _, script, *args in by_script:
+        if '--all' not in args:  # which tests/weights/test_publish.py runs
+            main_of = {'weights/convert.py': convert.main, 'weights/publish.py': publish.main}[script]
+            assert main_of([word.replace('ORG/NAME', 'timm-smpconv/smpconv_tiny.in1k') for word in args]) == 0
+    assert len(by_script) == 5 and server.exists('timm-smpconv/smpconv_tiny.in1k')
     monkeypatch.setattr(constants, 'HF_ASSETS_CACHE', str(tmp_path / 'assets'))
     *_, given, removal = (args for args in commands('docs/weights.md') if args[:2] == ['timm-smpconv', 'weights'])
     assert '--file' in given and main(given[1:]) == 0
     *_, names = run('docs/weights.md')
-    assert '--remove' in removal and main(removal[1:]) == 0 and not (tmp_path / 'assets' / 'smpconv_tiny.in1k').exists()
+    assert '--remove' in removal and main(removal[1:]) == 0 and not list(tmp_path.glob('assets/**/*.safetensors'))
     for key, value in names['converted'].state_dict().items():
         for name in ('theirs', 'pretrained', 'by_address'):
             assert torch.equal(names[name].state_dict()[key], value), (name, key)

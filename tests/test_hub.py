@@ -39,15 +39,18 @@ assert sorted(n for n, f in vars(hubconf).items() if callable(f)) == {sorted(MOD
     assert result.returncode == 0, result.stderr
 
 
-def test_importing_is_silent_and_needs_no_triton_nor_gpu():
+def test_importing_is_silent_reads_no_file_and_needs_no_triton_nor_gpu():
     code = f'''
 import sys
 sys.modules['triton'] = None  # as if it were not installed
 import timm
 before = set(sys.modules)
 sys.path.insert(0, {str(ROOT)!r})
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
 import timm_smpconv
-assert timm.is_model("smpconv_tiny")
+assert timm.is_model("smpconv_tiny") and "smpconv_tiny.in1k" in timm.list_models(pretrained=True)
+assert not [path for path in opened if not path.isdigit() and not path.endswith(".py") and "__pycache__" not in path]
 new = set(sys.modules) - before - {{"torch.utils.flop_counter", "torch.utils.module_tracker"}}
 packages = {{name.partition(".")[0] for name in new}}
 assert packages <= {{"timm_smpconv", "timm"}}, new  # timm.optim is not imported by timm

@@ -10,8 +10,15 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import convert
 import pytest
+import torch
 import yaml
+from conftest import TOKENS
+from hub_server import HubServer
+from reference import authors_state_dict, logits
+from test_convert import serve_image
+from timm.data import ImageNetInfo, create_transform
 
 import timm_smpconv
 
@@ -99,8 +106,8 @@ def test_tests_run_from_the_sdist(unpacked):
     assert Path(where.strip()).parent == unpacked / 'timm_smpconv'
     output = run(
         '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/layers/test_kernel.py', 'tests/layers/test_layers.py',
-        'tests/weights/test_weights.py', 'tests/test_docs.py::test_commit_hooks_run_what_ci_runs',
-        cwd=unpacked, env=environ)
+        'tests/weights/test_convert.py', 'tests/weights/test_publish.py',
+        'tests/test_docs.py::test_commit_hooks_run_what_ci_runs', cwd=unpacked, env=environ)
     assert re.search(r'^\d{2,} passed', output, re.MULTILINE), output
 
 
@@ -117,9 +124,9 @@ def test_installs_without_extras_and_runs_outside_the_checkout(wheel, metadata, 
     work.mkdir()
     extras = {
         re.match(r'[\w.-]+', line)[0] for line in metadata.get_all('Requires-Dist')
-        if re.search(r'extra == "(demo|export|scripts|weights)"', line)}
-    assert {'gdown', 'scikit-learn'} <= extras
-    blocked = dict.fromkeys({'sklearn', *extras} - {'tqdm'})  # huggingface_hub needs tqdm, too
+        if re.search(r'extra == "(demo|export|scripts)"', line)}
+    assert {'matplotlib', 'scikit-learn'} <= extras
+    blocked = dict.fromkeys({'sklearn', *extras})
     (installed / 'sitecustomize.py').write_text(f'import sys\nsys.modules.update({blocked})\n')
     environ = dict(os.environ, PYTHONPATH=str(installed))
 
@@ -141,10 +148,58 @@ def test_installs_without_extras_and_runs_outside_the_checkout(wheel, metadata, 
     assert installed in Path(path).parents and rest == ['SMPConvNet', 'an argument']
     assert 'it comes with the extra "demo"' in command('demo', code=1)
     assert 'it comes with the extra "demo"' in command('picture', 'kernels', 'smpconv_mobile31', code=1)
-    assert 'https://drive.google.com/' in command('weights', '--list', '--cache-dir', 'cache')
-    assert 'it comes with the extra "weights"' in command('weights', 'smpconv_tiny', '--cache-dir', 'cache', code=1)
+    assert 'https://drive.google.com/' in command('weights', '--cache-dir', 'cache')
     script = installed / 'bin' / 'timm-smpconv'
     assert run(script, '--version', cwd=work, env=environ).strip() == VERSION
+
+
+@pytest.mark.slow
+def test_code_of_the_card_runs_where_only_the_package_is_installed(wheel, tmp_path):
+    """Each block in a process of its own, with a Hub on loopback; the one for transformers imports no timm_smpconv."""
+    pytest.importorskip('transformers')
+    installed, work = tmp_path / 'installed', tmp_path / 'work'
+    run('-m', 'pip', 'install', '--quiet', '--no-index', '--no-deps', '--target', installed, wheel)
+    work.mkdir()
+    state_dict = authors_state_dict('smpconv_mobile31')
+    torch.save({'model': state_dict}, tmp_path / 'mobile.pth')
+    command = [str(tmp_path / 'mobile.pth'), '--model', 'smpconv_mobile31', '--out', str(tmp_path / 'net'), '--merged']
+    assert convert.main(command) == 0
+    with HubServer(TOKENS) as server:
+        image = serve_image(server, 250, 300)
+        environ = {**{k: v for k, v in os.environ.items() if k[:3] != 'HF_'}, 'HF_HOME': str(work / 'home')}
+        for name in 'net', 'net-merged':
+            run(ROOT / 'weights' / 'publish.py', tmp_path / name, '--repo-id', f'alice/{name}', '--upload',
+                env={**environ, **server.environment('hf_writer')})
+        environ.update(server.environment(), PYTHONPATH=str(installed))
+        outputs = {
+            (name, find_subject(code)): run('-c', WATCH.replace('CODE', code), cwd=work, env=environ)
+            for name in ('net', 'net-merged')
+            for code in re.findall(
+                r'```python\n(.*?)```', server.files(f'alice/{name}')['README.md'].decode(), re.DOTALL)}
+    assert len(outputs) == 9 and all(str(installed) in output for output in outputs.values())
+    x = create_transform((3, 224, 224), interpolation='bicubic', crop_pct=0.875)(image)[None]
+    scores, classes = logits(state_dict, 'smpconv_mobile31', x).softmax(1)[0].topk(5)
+    labels = ImageNetInfo().label_descriptions()
+    for name in 'net', 'net-merged':
+        lines = [f'{score:.1%} {labels[label]}' for score, label in zip(scores, classes)]
+        assert '\n'.join(lines) in outputs[name, 'topk']
+        assert 'torch.Size([1, 320, 7, 7])' in outputs[name, 'features_only']
+        found = ast.literal_eval(re.search(r'^\[.*\]$', outputs[name, 'transformers'], re.MULTILINE)[0])
+        assert [row['label'] for row in found] == [labels[label] for label in classes]
+        assert [row['score'] for row in found] == pytest.approx(scores.tolist(), rel=1e-4)
+        assert 'not supported' not in outputs[name, 'transformers']
+
+
+# Tells where the package is that the code imported, or had imported by transformers.
+WATCH = '''import sys
+assert "timm_smpconv" not in sys.modules
+CODE
+print(sys.modules["timm_smpconv"].__file__)
+'''
+
+
+def find_subject(code):
+    return re.search(r'transformers|topk|features_only|num_classes=0|reparameterize_model', code)[0]
 
 
 def test_the_version_stands_in_one_place():

@@ -25,10 +25,10 @@ def raises(error):
     (MergeError('Conv2d', 'must be'), 1, 'program: Conv2d must be\n'),
     (FileNotFoundError(2, 'No such file', 'a'), 1, "program: [Errno 2] No such file: 'a'\n"),
     (KeyboardInterrupt(), 130, '\nprogram: interrupted\n'),
-    (ModuleNotFoundError(name='gdown'), 1, 'program: gdown is missing; it comes with the extra "weights"\n'),
+    (ModuleNotFoundError(name='lightning'), 1, 'program: lightning is missing; it comes with the extra "sequences"\n'),
 ], ids=repr)
 def test_an_error_is_a_line_and_a_status(error, status, said, capsys):
-    assert status_of('program', raises(error), extra='weights') == status
+    assert status_of('program', raises(error), extra='sequences') == status
     assert capsys.readouterr() == ('', said)
 
 

@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from ..layers.smp_kernel import SMPKernel
 from ..ops import requested_backend, use_backend
 from ..weights.checkpoint import checkpoint_filter_fn
-from ..weights.hub import prepare_pretrained
+from ..weights.hub import AUTHORS, prepare_pretrained
 
 __all__ = ['SMPNet', 'build', 'checkpoint_blocks', 'feature_take_indices', 'model_cfg']
 
@@ -206,7 +206,7 @@ def model_cfg(**kwargs: Any) -> Dict[str, Any]:
         'first_conv': 'stem.0.conv', 'classifier': 'head.fc',
         'license': 'mit', 'paper_ids': 'arXiv:2304.02330',
         'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
-        'origin_url': 'https://github.com/sangnekim/SMPConv',
+        'origin_url': AUTHORS,
         **kwargs,
     }
 
@@ -218,7 +218,7 @@ def build(
         feature_indices: Sequence[int],
         **kwargs: Any,
 ) -> Any:
-    """Build a model by timm's builder, with verified weights."""
+    """Build a model by timm's builder, with the weights that `prepare_pretrained` finds."""
     if pretrained:
         kwargs = prepare_pretrained(variant, kwargs)
     model = build_model_with_cfg(

@@ -5,7 +5,6 @@ https://github.com/sangnekim/SMPConv. Written anew for timm.
 
 Shapes: B batch, C channels, H and W height and width.
 """
-from functools import partial
 from typing import Any, Optional, Sequence, Tuple
 
 import torch
@@ -18,7 +17,7 @@ from ..layers._folding import merge_parts
 from ..layers.heads import ClassifierHead
 from ..layers.merged import MergedLargeConv2d, reset_convolution
 from ..layers.rep_conv import DenseRepSMPConv2d
-from ..weights.hub import hub_id
+from ..weights.hub import AUTHORS
 from ._base import SMPNet, build, model_cfg
 
 __all__ = ['SMPResNet']
@@ -154,11 +153,9 @@ def _init_weights(module: nn.Module) -> None:
         reset_convolution(module)
 
 
-_cfg = partial(
-    model_cfg, num_classes=10, input_size=(3, 32, 32), pool_size=(32, 32), crop_pct=1., first_conv=())
-
 default_cfgs = generate_default_cfgs({
-    name: _cfg(hf_hub_id=hub_id(name)) for name in ('smpconv_resnet_cifar10.cifar10',)
+    'smpconv_resnet_cifar10.cifar10': model_cfg(
+        url=AUTHORS, num_classes=10, input_size=(3, 32, 32), pool_size=(32, 32), crop_pct=1., first_conv=()),
 })
 
 

@@ -19,7 +19,7 @@ from ..layers._folding import merge_parts
 from ..layers.heads import ClassifierHead, SelectSequencePool
 from ..layers.merged import MergedConv1d, causal_padding, plain_convolution
 from ..layers.rep_conv import RepSMPConv1d
-from ..weights.hub import hub_id
+from ..weights.hub import AUTHORS
 from ._base import SMPNet, build, model_cfg
 
 __all__ = ['SMPTCN']
@@ -278,22 +278,21 @@ class SMPTCN(SMPNet):
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return model_cfg(**{
-        'num_classes': 10, 'pool_size': None, 'crop_pct': 1., 'interpolation': 'bilinear', 'first_conv': (), **kwargs})
+        'url': AUTHORS, 'num_classes': 10, 'pool_size': None, 'crop_pct': 1., 'interpolation': 'bilinear',
+        'first_conv': (), **kwargs})
 
 
 _mnist: Dict[str, Any] = dict(input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,))
 
 # A sequence counts as an image of one row. Series are normalized by their data set, see sequences/.
 default_cfgs = generate_default_cfgs({
-    name: _cfg(hf_hub_id=hub_id(name), **cfg) for name, cfg in {
-        'smpconv_tcn_smnist.mnist': _mnist,
-        'smpconv_tcn_pmnist.mnist': _mnist,
-        'smpconv_tcn_scifar10.cifar10': dict(input_size=(3, 32, 32)),
-        'smpconv_tcn_ct.character_trajectories': dict(
-            input_size=(3, 1, 182), num_classes=20, mean=(0.,) * 3, std=(1.,) * 3),
-        'smpconv_tcn_sc.speech_commands': dict(input_size=(20, 1, 161), mean=(0.,) * 20, std=(1.,) * 20),
-        'smpconv_tcn_scraw.speech_commands': dict(input_size=(1, 1, 16000), mean=(0.,), std=(1.,)),
-    }.items()
+    'smpconv_tcn_smnist.mnist': _cfg(**_mnist),
+    'smpconv_tcn_pmnist.mnist': _cfg(**_mnist),
+    'smpconv_tcn_scifar10.cifar10': _cfg(input_size=(3, 32, 32)),
+    'smpconv_tcn_ct.character_trajectories': _cfg(
+        input_size=(3, 1, 182), num_classes=20, mean=(0.,) * 3, std=(1.,) * 3),
+    'smpconv_tcn_sc.speech_commands': _cfg(input_size=(20, 1, 161), mean=(0.,) * 20, std=(1.,) * 20),
+    'smpconv_tcn_scraw.speech_commands': _cfg(input_size=(1, 1, 16000), mean=(0.,), std=(1.,)),
 })
 
 

@@ -23,7 +23,7 @@ from ..layers.heads import NormClassifierHead
 from ..layers.merged import MergedBlock, MergedConv2d
 from ..layers.rep_conv import ConvNorm, RepSMPConv2d, dilated_size, merged_block
 from ..layers.small_conv import DepthwiseConv2d
-from ..weights.hub import hub_id
+from ..weights.hub import AUTHORS
 from ._base import SMPNet, build, checkpoint_blocks, model_cfg
 
 __all__ = ['SMPConvNet']
@@ -351,8 +351,10 @@ def _check_stages(**per_stage: Sequence[int]) -> None:
 
 
 default_cfgs = generate_default_cfgs({
-    name: model_cfg(hf_hub_id=hub_id(name))
-    for name in ('smpconv_tiny.in1k', 'smpconv_base.in1k', 'smpconv_mobile31.in1k', 'smpconv_mobile51.in1k')
+    'smpconv_tiny.in1k': model_cfg(url=AUTHORS),
+    'smpconv_base.in1k': model_cfg(url=AUTHORS),
+    'smpconv_mobile31.in1k': model_cfg(),  # of which the authors published no weights
+    'smpconv_mobile51.in1k': model_cfg(),
 })
 
 

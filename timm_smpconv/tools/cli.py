@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Type
 
 import timm
 import torch
+from tqdm import tqdm
 
 from .. import __version__
 from .._errors import DataError
@@ -17,7 +18,6 @@ from ..models.from_checkpoint import build_network
 from ..training.recipes import recipe_names, recipe_path
 from ..weights import hub
 from . import backend_report
-from .authors_weights import command as weights
 from .receptive_field import find_images, own_size, read_images, receptive_field, share_table
 from .timm_scripts import find_script, run_script
 
@@ -60,19 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument('folder', type=Path, metavar='DIR', help='an empty folder or a new one')
     digits.set_defaults(run=_digits, extra='demo')
 
-    of_weights = commands.add_parser(
-        'weights', help="download the authors' weights, convert and verify them; pretrained=True then takes them")
-    of_weights.add_argument('name', nargs='?', metavar='NAME', help='a model, such as smpconv_tiny')
-    of_weights.add_argument(
+    weights = commands.add_parser(
+        'weights', help='download the weights that pretrained=True takes, or show what is there')
+    weights.add_argument(
+        'name', nargs='?', metavar='NAME', help='a model, such as smpconv_tiny; without it, all weights are listed')
+    weights.add_argument(
         '--file', type=Path, help="the authors' file, if you downloaded it already, by a browser for example")
-    of_weights.add_argument(
-        '--list', action='store_true', help='list what exists, where, how large, and what is cached')
-    of_weights.add_argument('--remove', action='store_true', help='delete the weights of NAME from the cache')
-    of_weights.add_argument(
-        '--cache-dir', type=Path, metavar='DIR',
-        help="the cache, by default in Hugging Face's folder of assets (HF_ASSETS_CACHE); pass another one to "
-        'create_model, too')
-    of_weights.set_defaults(run=_weights, extra='weights')
+    weights.add_argument('--remove', action='store_true', help="delete the authors' weights of NAME from the cache")
+    weights.add_argument(
+        '--cache-dir', type=Path, metavar='DIR', help='as that of create_model; by default in HF_HOME')
+    weights.set_defaults(run=_weights)
 
     which = commands.add_parser(
         'backends', help='print by what this machine would compute the convolutions of a model, and why')
@@ -177,19 +174,26 @@ def _digits(args: argparse.Namespace) -> None:
 
 
 def _weights(args: argparse.Namespace) -> None:
-    given = [option for option in ('file', 'list', 'remove') if getattr(args, option)]
-    if len(given) > 1 or (args.name is None) != args.list:
-        raise ValueError('arguments must be NAME, NAME --file FILE, NAME --remove or --list')
-    if args.list:
-        print('\n'.join(weights.listing(args.cache_dir)))
+    if (args.file or args.remove) and (args.name is None or (args.file and args.remove)):
+        raise ValueError('arguments must be NAME, NAME --file FILE, NAME --remove or none')
+    sources = hub.load_sources()
+    names = [name for name in sources if args.name in (None, name, name.partition('.')[0])]
+    if not names:
+        raise ValueError(f'NAME must be one of {", ".join(timm.list_models("smpconv*"))}, got {args.name!r}')
+    if args.name is None:
+        print(f'cache: {hub.cache_folder(args.cache_dir)}')
+        for name in names:
+            cached, origin = hub.cached_file(name, args.cache_dir), sources[name]['origin']
+            state = f'{cached.stat().st_size / 1e6:.1f} MB' if cached.is_file() else 'not there'
+            source = sources[name]['hub_id'] or (origin and origin['file']) or 'none published'
+            print(f'{name:40}{state:12}{source}')
     elif args.remove:
-        weights.remove(args.name, args.cache_dir, say=print)
+        for path in hub.remove(names[0], args.cache_dir):
+            print(f'removed {path}')
+    elif args.file:
+        print(hub.fetch_authors(names[0], args.file, args.cache_dir))
     else:
-        folder = weights.fetch(args.name, args.file, args.cache_dir, say=print)
-        place = f', cache_dir="{args.cache_dir}"' if args.cache_dir else ''
-        way = f'"local-dir:{folder}", pretrained=True' if hub.BUILT_IN[folder.name] else (
-            f'"{args.name}", pretrained=True{place}')
-        print(f'timm.create_model({way}) takes it from there')
+        print(*hub.fetch(names[0], args.cache_dir).values())
 
 
 def _backends(args: argparse.Namespace) -> None:
@@ -218,7 +222,6 @@ def _picture_receptive_field(args: argparse.Namespace) -> None:
             f'--checkpoint must name one file for each MODEL, got {len(args.checkpoint)} for {len(args.models)}')
 
     def draw(pictures: Any) -> Any:
-        from tqdm import tqdm  # of the extra `demo`
         files = find_images(args.images, args.count)
         checkpoints = args.checkpoint or [None] * len(args.models)
         device = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -1,78 +1,58 @@
-"""Pretrained weights: where they are, and downloads and files that are read before timm loads them.
+"""Pretrained weights: those on the Hub once they are published, else the authors', downloaded and converted once.
 
-`sources.yaml` lists them. While the Hub has none, converted weights are kept for `pretrained=True` in a folder CACHE:
+`sources.yaml` lists both. Of the authors' a folder, the cache, keeps
 
-- smpconv_tiny.in1k/: README.md, config.json and model.safetensors, put in place as a whole
-- smpconv_tiny.in1k.download/: the authors' file, or what has arrived of it; deleted once it is converted
+- smpconv_tiny.in1k.safetensors: the weights in this package's names; EMA weights where there are any
+- smpconv_tiny.in1k.pth, or smpconv_tiny.in1k.pth*.part while it arrives: the authors' file until it is converted
 - smpconv_tiny.in1k.lock: held by the process that downloads, converts or removes
 """
 import hashlib
-import json
 import logging
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Type, Union
+from typing import Any, Dict, Generator, List, Optional, Tuple, Type, Union
 
+import safetensors.torch
+import timm
 import yaml
-from huggingface_hub import constants, hf_hub_download
+from filelock import FileLock
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
+from tqdm import tqdm
 
-from .checkpoint import CheckpointError, count_classes, read_checkpoint, select_weights
+from .._errors import DataError
+from .._files import written_beside
+from .checkpoint import CheckpointError, checkpoint_filter_fn, count_classes, read_checkpoint, select_weights
+from .drive import download, parts
 
 __all__ = [
-    'BUILT_IN', 'FILES', 'SOURCES', 'cache_folder', 'check_cached', 'file_sha256', 'find_cached',
-    'hub_id', 'load_sources', 'origin_of', 'prepare_pretrained']
+    'AUTHORS', 'SOURCES', 'cache_folder', 'cached_file', 'download_authors', 'fetch', 'fetch_authors', 'file_sha256',
+    'load_sources', 'prepare_pretrained', 'remove']
 
 _logger = logging.getLogger(__name__)
 
-NAMESPACE = 'timm-smpconv'  # of the built-in weights, as timm-smpconv/smpconv_tiny.in1k
+AUTHORS = 'https://github.com/sangnekim/SMPConv'  # the url of cfgs whose weights `sources.yaml` lists
 FILE = 'model.safetensors'
-# model.tag of the weights that have a source (sources.yaml) → sha256 of the file on the Hub, None before it is
-# published; before, `pretrained=True` takes converted weights from the cache.
-BUILT_IN: Dict[str, Optional[str]] = {
-    'smpconv_tiny.in1k': None,
-    'smpconv_base.in1k': None,
-    'smpconv_resnet_cifar10.cifar10': None,
-    'smpconv_tcn_smnist.mnist': None,
-    'smpconv_tcn_pmnist.mnist': None,
-    'smpconv_tcn_scifar10.cifar10': None,
-    'smpconv_tcn_ct.character_trajectories': None,
-    'smpconv_tcn_sc.speech_commands': None,
-    'smpconv_tcn_scraw.speech_commands': None,
-}
-FILES = ('README.md', 'config.json', 'model.safetensors')  # of a folder that is converted and published
 SOURCES = Path(__file__).parent / 'sources.yaml'
 _LOCATIONS = ('state_dict', 'file', 'hf_hub_id', 'url')  # in timm's order of preference
+_TIMEOUT = (2, 10)  # seconds until there is a connection to the Hub, and until it answers
 # The client's own errors, those of its HTTP library, which depends on its version, and those of hf_xet.
 _CLIENT_ERRORS: Tuple[Type[Exception], ...] = (
     OSError, RuntimeError, EntryNotFoundError,
     *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
-
-
-def hub_id(name: str) -> Optional[str]:
-    """Hub id of the weights model.tag if `pretrained=True` finds them now: published, or converted in the cache.
-
-    timm lists a model as pretrained if its cfg has one.
-
-    Example:
-        >>> hub_id('smpconv_mobile31.in1k') is None  # the authors published none
-        True
-    """
-    return _repository(name) if name in BUILT_IN and (BUILT_IN[name] or find_cached(name)) else None
-
-
-def _repository(name: str) -> str:
-    return f'{NAMESPACE}/{name}'
+_Folder = Union[str, Path, None]
 
 
 def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Find the weights of a model before timm builds it, so that an error says what is wrong with them.
 
-    A file is read here and handed over to timm. A file of the Hub is downloaded into the client's cache, where timm
-    finds it. Built-in weights that are not published yet are taken from the cache that `timm-smpconv weights` fills, if
-    they are there. Weights that `pretrained_cfg_overlay` names replace those that the model's cfg names, wherever both
-    are, and their classifier is loaded if the model has as many classes; otherwise a warning is logged.
+    By default these are the weights in sources.yaml; see `fetch`. If `pretrained_cfg_overlay` names others, they
+    replace those of the model's cfg, and their classifier is loaded if the number of classes matches; otherwise a
+    warning is logged. A file is read here and handed over to timm. A file on the Hub is downloaded into the client's
+    cache, where timm finds it.
 
     Args:
         variant: Name of the model.
@@ -89,43 +69,174 @@ def prepare_pretrained(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     if named:
         overlay = {**dict.fromkeys(('source', *_LOCATIONS)), **overlay}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    name = f'{cfg.architecture}.{cfg.tag}'
-    if not named and _is_built_in(name, cfg):
-        converted = None if BUILT_IN[name] else find_cached(name, kwargs.get('cache_dir'))
-        if converted:
-            origin = load_sources()[name]['origin']
-            check_cached(converted, origin and origin['sha256'])
-            overlay['state_dict'] = read_checkpoint(converted / FILE)
-            return dict(kwargs, pretrained_cfg_overlay=overlay)
-        overlay['hf_hub_id'] = _repository(name)
-        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    cache_dir = kwargs.get('cache_dir')
     if cfg.source == 'local-dir':
-        return dict(kwargs, pretrained_cfg_overlay=overlay)  # timm reads the folder
-    if cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
+        pass  # timm reads the folder
+    elif cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
         content = cfg.state_dict or read_checkpoint(str(cfg.file))
         state_dict = overlay['state_dict'] = select_weights(content)[0]
         shapes = {key: getattr(value, 'shape', ()) for key, value in state_dict.items()}
         _declare_classes(overlay, kwargs, cfg, cfg.file or 'the state_dict', count_classes(shapes))
     elif cfg.hf_hub_id:
-        path = _fetch(variant, cfg.hf_hub_id, cfg, kwargs.get('cache_dir'))
+        path = _from_hub(cfg.hf_hub_id, cfg, cache_dir)
         if named and path:
             _declare_classes(overlay, kwargs, cfg, cfg.hf_hub_id, count_classes(_read_shapes(path)))
-    elif cfg.url:
+    elif cfg.url not in (None, AUTHORS):
         _declare_classes(overlay, kwargs, cfg, str(cfg.url))
-    elif any(built_in.startswith(f'{variant}.') for built_in in BUILT_IN):
-        raise CheckpointError('pretrained_cfg must name weights by file, url or hf_hub_id, got none of them')
+    elif f'{variant}.{cfg.tag}' in load_sources():
+        overlay.update(fetch(f'{variant}.{cfg.tag}', cache_dir), url=None)
     else:
-        raise CheckpointError(
-            f'there are no weights of {variant}: the authors published none. Train it with timm\'s train.py and the '
-            f'recipe that `timm-smpconv recipe {variant}` names, and load the result with '
-            'pretrained_cfg_overlay=dict(file="model_best.pth.tar"); or use pretrained=False')
+        raise CheckpointError('pretrained_cfg must name weights by file, url or hf_hub_id, got none of them')
     return dict(kwargs, pretrained_cfg_overlay=overlay)
 
 
-def _is_built_in(name: str, cfg: PretrainedCfg) -> bool:
-    """Whether a cfg means the built-in weights of that name, and not others that it gives a place of their own."""
-    elsewhere = cfg.source in ('hf-hub', 'local-dir') or cfg.state_dict or cfg.file or cfg.url
-    return name in BUILT_IN and not elsewhere and cfg.hf_hub_id in (None, _repository(name))
+def fetch(name: str, cache_dir: _Folder = None) -> Dict[str, str]:
+    """Put listed weights in place: download them if they are not there, and convert the authors'.
+
+    Args:
+        name: model.tag.
+        cache_dir: In place of the client's cache of the Hub and of `cache_folder`.
+
+    Returns:
+        Where they are, for the pretrained cfg: 'hf_hub_id' if they are published, else 'file'.
+
+    Raises:
+        CheckpointError: There are none, or they cannot be downloaded, converted or written.
+    """
+    entry = load_sources()[name]
+    if entry['sha256']:
+        hub_id = f'{entry["hub_id"]}@{entry["commit"]}'
+        try:
+            _from_hub(hub_id, PretrainedCfg(), cache_dir)
+            return {'hf_hub_id': hub_id}
+        except CheckpointError as error:
+            if not entry['origin']:
+                raise
+            _logger.warning("%s; taking the authors' file", error)
+    return {'file': str(fetch_authors(name, cache_dir=cache_dir))}
+
+
+def fetch_authors(name: str, file: Optional[Path] = None, cache_dir: _Folder = None) -> Path:
+    """Path of the authors' weights in the cache, downloaded and converted if they are not there.
+
+    Several processes may do this at once: one downloads, the others wait.
+
+    Args:
+        name: model.tag.
+        file: The authors' file, if it was downloaded already. It stays where it is, and replaces what is in the cache.
+        cache_dir: The cache.
+
+    Raises:
+        CheckpointError: There are none, or they cannot be downloaded, converted or written.
+    """
+    model = name.partition('.')[0]
+    target = cached_file(name, cache_dir)
+    if target.is_file() and not file:  # without the lock, which a cache that is only read does not allow
+        return target
+    if not load_sources()[name]['origin']:
+        raise CheckpointError(
+            f'the authors published no weights of {model}: train it by `timm-smpconv run train.py -c $(timm-smpconv '
+            f'recipe {model})` and load the result with pretrained_cfg_overlay=dict(file="model_best.pth.tar"), or use '
+            'pretrained=False')
+    try:
+        with _locked(target):
+            if file:
+                _convert(file, name, target)
+            elif not target.is_file():  # another process may have made it
+                downloaded = target.with_suffix('.pth')
+                download_authors(name, downloaded)
+                try:
+                    _convert(downloaded, name, target)
+                except CheckpointError as error:
+                    downloaded.unlink()
+                    raise CheckpointError(f'{error}; the downloaded file was deleted') from error
+                downloaded.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f'the weights of {model} could not be written to the cache {target.parent}, which HF_HOME and cache_dir '
+            f'change: {error}') from error
+    return target
+
+
+def download_authors(name: str, path: Path) -> None:
+    """Download the authors' file, or the rest of it, and say once what it is. Nothing happens if it is there.
+
+    Raises:
+        CheckpointError: It cannot be downloaded, or there is no room for it.
+    """
+    url, cfg = load_sources()[name]['origin']['file'], resolve_pretrained_cfg(name)
+    licence = f'licence {str(cfg.license).upper()}, {cfg.origin_url}'
+    bar: Optional[tqdm] = None
+
+    def progress(done: int, total: Optional[int]) -> None:
+        nonlocal bar
+        if bar is None:
+            free = shutil.disk_usage(path.parent).free
+            if total and total - done > free:
+                raise DataError(f'{path.parent} must have room for {total - done:,} more bytes, got {free:,} free ones')
+            size = f'{total / 1e6:.1f} MB' if total else 'of unknown size'
+            _logger.warning(  # not info, which nobody sees who has not set up logging
+                "Downloading %s, the authors' weights (%s, %s), from %s", name, size, licence, url)
+            bar = tqdm(total=total, initial=done, desc=name, unit='B', unit_scale=True)
+        bar.update(done - bar.n)
+
+    try:
+        if constants.HF_HUB_OFFLINE and not path.exists():
+            raise DataError(f'HF_HUB_OFFLINE forbids to download {url}')
+        download(url, path, progress)
+    except DataError as error:
+        raise CheckpointError(
+            f'the weights {name} are not in {path.parent}, and {error}; `timm-smpconv weights {name} --file FILE` '
+            'takes the file from elsewhere') from error
+    finally:
+        if bar:
+            bar.close()
+
+
+def remove(name: str, cache_dir: _Folder = None) -> List[Path]:
+    """Delete the authors' weights from the cache, and what was downloaded of them; return what was deleted.
+
+    Raises:
+        OSError: Something could not be deleted.
+    """
+    target = cached_file(name, cache_dir)
+    downloaded = target.with_suffix('.pth')
+    if not target.parent.is_dir():
+        return []
+    with _locked(target):
+        found = [path for path in (target, downloaded, *parts(downloaded)) if path.exists()]
+        for path in found:
+            path.unlink()
+    return found
+
+
+@contextmanager
+def _locked(target: Path) -> Generator[None, None, None]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix('.lock')):
+        yield
+
+
+def _convert(file: Path, name: str, target: Path) -> None:
+    """Write the weights of a checkpoint in this package's names, if they are those of the whole model."""
+    checkpoint = read_checkpoint(file)
+    recorded = load_sources()[name]['origin']['sha256']
+    if recorded and (found := file_sha256(file)) != recorded:
+        raise CheckpointError(
+            f"the authors' file must have the sha256 {recorded} that is recorded for it, got {found} of {file}: the "
+            'download was damaged, or the authors replaced their file')
+    model = timm.create_model(name, device='meta')
+    weights = checkpoint_filter_fn(checkpoint, model)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f'{file} must hold the weights of {name}: {" ".join(str(error).split())}') from error
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f'{key} must be finite everywhere, got others in {file}')
+    with written_beside(target.parent) as folder:  # not save_file, which hides what is written from other users
+        (folder / target.name).write_bytes(
+            safetensors.torch.save({key: value.contiguous() for key, value in weights.items()}))
 
 
 def _read_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:
@@ -153,40 +264,33 @@ def _declare_classes(
             kwargs.get('num_classes', 'default'), where, 'unknown' if classes is None else classes, declared)
 
 
-def _fetch(variant: str, hub_id: str, cfg: PretrainedCfg, cache_dir: Union[str, Path, None]) -> Optional[Path]:
-    """Path of the file in the cache; None if a repository has its weights under another name."""
+def _from_hub(hub_id: str, cfg: PretrainedCfg, cache_dir: _Folder) -> Optional[Path]:
+    """Path of the file in the client's cache; None if a repository has its weights under another name."""
     repo, _, revision = hub_id.partition('@')
     named = cfg.hf_hub_filename or ''
     name = named if named.endswith('.safetensors') else FILE  # timm prefers it to the others
     try:
+        if not try_to_load_from_cache(repo, name, cache_dir, revision or None):
+            try:  # once: hf_hub_download waits for half a minute, in five attempts
+                url = hf_hub_url(repo, name, revision=revision or None)
+                get_hf_file_metadata(url, timeout=_TIMEOUT)  # type: ignore[arg-type]  # as its HTTP library takes it
+            except HfHubHTTPError:
+                pass  # an answer, of which hf_hub_download decides what it means
         return Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir))
     except _CLIENT_ERRORS as error:
         absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         if absent and cfg.source == 'hf-hub':
             return None  # timm knows which other names to try
         raise CheckpointError(
-            f'could not download the weights of {variant}: tried {name} of {hub_id} at {constants.ENDPOINT} and '
-            f'in the cache {cache_dir or constants.HF_HUB_CACHE}{_way_round(variant, hub_id, cache_dir)}. The client '
-            f'reported: {_first_line(error)}') from error
-
-
-def _way_round(variant: str, hub_id: str, cache_dir: Union[str, Path, None]) -> str:
-    name = hub_id.partition('/')[2]
-    if hub_id != _repository(name) or name not in BUILT_IN or BUILT_IN[name]:
-        return ''
-    option = f' --cache-dir {cache_dir}' if cache_dir else ''
-    return (
-        f', and converted ones in {cache_folder(cache_dir)}. They are not published yet: run `timm-smpconv weights '
-        f'{variant}{option}`, which puts the authors\' there; or load a file of theirs with '
-        f'timm.create_model("{variant}", pretrained=True, pretrained_cfg_overlay=dict(file="FILE.pth")), or a folder '
-        'that weights/convert.py wrote with timm.create_model("local-dir:DIR", pretrained=True)')
+            f'could not download the weights: tried {name} of {hub_id} at {constants.ENDPOINT} and in the cache '
+            f'{cache_dir or constants.HF_HUB_CACHE}. The client reported: {_first_line(error)}') from error
 
 
 def _first_line(error: Exception) -> str:
     return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
 
 
-def cache_folder(cache_dir: Union[str, Path, None] = None) -> Path:
+def cache_folder(cache_dir: _Folder = None) -> Path:
     """The cache: `cache_dir`, or the place that huggingface_hub gives to libraries, `HF_ASSETS_CACHE` or in `HF_HOME`.
 
     Example:
@@ -196,66 +300,19 @@ def cache_folder(cache_dir: Union[str, Path, None] = None) -> Path:
     return Path(cache_dir) if cache_dir else Path(constants.HF_ASSETS_CACHE, 'timm-smpconv', 'weights')
 
 
-def find_cached(name: str, cache_dir: Union[str, Path, None] = None) -> Optional[Path]:
-    """The folder of the weights model.tag in the cache, None if they are not there.
+def cached_file(name: str, cache_dir: _Folder = None) -> Path:
+    """Where the cache has, or would have, the authors' weights model.tag."""
+    return cache_folder(cache_dir) / f'{name}.safetensors'
+
+
+def load_sources(path: Optional[Path] = None) -> Dict[str, Dict[str, Any]]:
+    """model.tag → its entry in sources.yaml, or in another file like it.
 
     Example:
-        >>> find_cached('smpconv_tiny.in1k', 'an empty folder') is None
-        True
+        >>> load_sources()['smpconv_tiny.in1k']['top1']
+        82.5
     """
-    folder = cache_folder(cache_dir) / name
-    try:
-        return folder if all((folder / file).is_file() for file in FILES) else None
-    except PermissionError:  # the cache of another user; importing this package looks here
-        return None
-
-
-def origin_of(folder: Path) -> Dict[str, Any]:
-    """What a converted folder says of itself: 'sha256' of the checkpoint, 'weights', 'file_sha256' of its own file.
-
-    Raises:
-        CheckpointError: It does not say it.
-    """
-    try:
-        origin = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['origin']
-        return {key: origin[key] for key in ('sha256', 'weights', 'file_sha256')}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f'config.json must be that of converted weights, got another one in {folder} ({type(error).__name__} '
-            f'{error}): run `timm-smpconv weights {folder.name} --remove`') from error
-
-
-def check_cached(folder: Path, recorded: Optional[str]) -> None:
-    """Refuse a folder whose file was damaged, or made of another checkpoint than the recorded one.
-
-    Args:
-        folder: As `find_cached` gives it.
-        recorded: sha256 of the authors' file, None where nobody has recorded it.
-
-    Raises:
-        CheckpointError: It is refused.
-    """
-    origin = origin_of(folder)
-    found = file_sha256(folder / 'model.safetensors')
-    again = f'run `timm-smpconv weights {folder.name}` again'
-    if found != origin['file_sha256']:
-        raise CheckpointError(
-            f'model.safetensors must have the sha256 {origin["file_sha256"]} with which it was written, got {found} in '
-            f'{folder}: it was damaged; {again}')
-    if recorded and origin['sha256'] != recorded:
-        raise CheckpointError(
-            f'the weights in {folder} must be made of the authors\' file of sha256 {recorded}, got one of '
-            f'{origin["sha256"]}; {again}')
-
-
-def load_sources(path: Path = SOURCES) -> Dict[str, Dict[str, Any]]:
-    """model.tag → its entry in sources.yaml.
-
-    Example:
-        >>> load_sources()['smpconv_tiny.in1k']['license']
-        'mit'
-    """
-    return yaml.safe_load(path.read_text(encoding='utf-8'))
+    return yaml.safe_load((path or SOURCES).read_text(encoding='utf-8'))
 
 
 def file_sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """The mathematics of SMPConv written plainly: the oracle of conversions and tests.
 
 The kernel of all networks, and the ImageNet family, whose state dicts have the layout of the authors' ImageNet code
-(smp_imagenet/models/SMPConv.py). authors_smp.py has the other networks.
+(smp_imagenet/models/SMPConv.py). smp.py has the other networks.
 
 Independent of the rest of this package, and meant to stay so: it imports PyTorch only, and shares no code with the
 layers and kernels that it verifies.
@@ -39,7 +39,7 @@ def kernel_loop(
         radius: (G, P), in the same unit.
         weight: (G, C, P).
         size: One or two numbers of samples.
-        average: Over the points in reach, as the networks of authors_smp.py do.
+        average: Over the points in reach, as the networks of smp.py do.
 
     Returns:
         (G, C, *size).

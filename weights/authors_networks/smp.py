@@ -40,7 +40,7 @@ def render(
         size: Sequence[int],
         last: Optional[int] = None,
 ) -> torch.Tensor:
-    """As `authors_imagenet.kernel_loop` with the average, all entries at once, or the last ones in one dimension.
+    """As `imagenet.kernel_loop` with the average, all entries at once, or the last ones in one dimension.
 
     coords (O, P, D), radius (O, P), weight (O, I, P).
     """
