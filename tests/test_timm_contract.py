@@ -68,7 +68,8 @@ def cached_weights(tmp_path):
 
 def test_timm_model_tests_pass_on_every_model(timm_tests, cached_weights):
     command = [
-        sys.executable, '-m', 'pytest', 'tests/test_models.py', '-q', '-k', SELECTED,
+        sys.executable, '-m', 'pytest', '-p', 'timm_smpconv', 'tests/test_models.py', '-q',  # -p imports it
+        '-k', SELECTED,
         '-p', 'no:cacheprovider', '--junitxml', 'report.xml']
     result = subprocess.run(
         command, cwd=timm_tests, env={**os.environ, **cached_weights}, capture_output=True, text=True)
