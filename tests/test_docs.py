@@ -16,6 +16,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import convert
@@ -29,6 +30,7 @@ import yaml
 from conftest import MODELS, difference, shake_norms, wake_weights
 from huggingface_hub import constants
 from reference import authors_state_dict
+from test_optim import SAM
 from test_publish import unpublished
 from timm.data import create_transform, resolve_model_data_config
 from torch.distributed.run import get_args_parser
@@ -203,6 +205,7 @@ def test_deployment(run, tmp_path, monkeypatch):
     'ignore:.*(pin_memory|tensorboardX|many workers|number of training batches):UserWarning')  # advice of trainers
 def test_tools(run, tmp_path, monkeypatch, request):
     request.addfinalizer(torch.distributed.destroy_process_group)  # which the page leaves behind
+    monkeypatch.setitem(sys.modules, 'sam', SimpleNamespace(SAM=SAM))
     monkeypatch.setattr(
         torch.distributed, 'init_process_group', partial(
             torch.distributed.init_process_group, init_method=f'file://{tmp_path}/meet', rank=0, world_size=1))
@@ -232,8 +235,10 @@ def test_tools(run, tmp_path, monkeypatch, request):
     with torch.no_grad():
         assert difference(again(images), names['classifier'].eval()(images).logits) < 1e-4
     assert isinstance(names['optimizer'], timm_smpconv.SMPAdamW)
-    for trained in (again, names['module'].network, names['sharded']):
+    for trained in (again, names['module'].network, names['sharded'], names['replica'].module, names['sharp']):
         assert difference(*(full(m.head.fc.weight) for m in (trained, network))) > 1e-4
+    rates = [group['lr'] for group in names['finetuner'].optimizers[0].param_groups]
+    assert rates == [pytest.approx(1e-3), pytest.approx(2e-4)]  # the backbone's: 1e-4 at first
 
 
 def full(weight):
