@@ -11,10 +11,14 @@ import torch.nn as nn
 from timm.layers import to_2tuple
 
 __all__ = [
-    'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences', 'forward_of',
-    'odd_sizes', 'single']
+    'added_to', 'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences',
+    'forward_of', 'odd_sizes', 'single']
 
 _int_or_pair = Union[int, Tuple[int, int]]
+
+_REMOVERS = {  # of hooks, by the module of their class
+    'torch.nn.utils.prune': 'prune.remove', 'torch.nn.utils.weight_norm': 'remove_weight_norm',
+    'torch.nn.utils.spectral_norm': 'remove_spectral_norm'}
 
 
 @torch.fx.wrap
@@ -127,3 +131,20 @@ def single(name: str, value: Any) -> int:
 def forward_of(module: nn.Module) -> Any:
     """The function behind the method `forward` of a module; None if it is not a method."""
     return getattr(module.forward, '__func__', None)
+
+
+def added_to(module: nn.Module) -> str:
+    """What makes a call of a module compute something else than the `forward` of its class; '' if nothing does.
+
+    Backward hooks do not. Parametrizations change parameters, which whoever reads them gets.
+    """
+    for kind, hooks in (('pre-hook', module._forward_pre_hooks), ('hook', module._forward_hooks)):
+        for hook in hooks.values():
+            remover = _REMOVERS.get(type(hook).__module__, 'handle.remove')
+            return f'the forward {kind} {getattr(hook, "__name__", type(hook).__name__)} ({remover} removes it)'
+    if hasattr(module, '_orig_mod'):
+        return 'torch.compile around it (compile the merged model)'
+    if forward_of(module) is not type(module).forward:
+        remover = 'accelerate.hooks.remove_hook_from_module' if hasattr(module, '_hf_hook') else 'del module.forward'
+        return f'another forward assigned ({remover} removes it)'
+    return ''

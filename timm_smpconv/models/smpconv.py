@@ -18,7 +18,7 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 
 from ..layers._checks import check_images, odd_sizes
-from ..layers._folding import merge_parts
+from ..layers._folding import check_forward, merge_parts
 from ..layers.heads import NormClassifierHead
 from ..layers.merged import MergedBlock, MergedConv2d
 from ..layers.rep_conv import ConvNorm, RepSMPConv2d, dilated_size, merged_block
@@ -63,6 +63,7 @@ class SMPBlock(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The `MergedBlock` that computes the same."""
+        check_forward(self, '', SMPBlock)
         return merged_block(self, self.act1, self.dwconv, self.act2)
 
     @staticmethod
@@ -106,6 +107,7 @@ class FeedForward(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The `MergedBlock` that computes the same."""
+        check_forward(self, '', FeedForward)
         return merged_block(self, self.act, nn.Identity().eval(), nn.Identity().eval())
 
     @staticmethod
