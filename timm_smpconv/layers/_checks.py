@@ -12,7 +12,7 @@ from timm.layers import to_2tuple
 
 __all__ = [
     'added_to', 'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences',
-    'forward_of', 'odd_sizes', 'single']
+    'forward_of', 'input_channels', 'odd_sizes', 'single']
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
@@ -25,14 +25,15 @@ _REMOVERS = {  # of hooks, by the module of their class
 def check_images(x: torch.Tensor, channels: int, least: int = 1) -> None:
     """Raise an error unless x is (B, channels, H, W), floating point, with H and W at least `least`.
 
-    One node in an FX graph, and nothing in a trace.
+    0 stands for any number of channels. One node in an FX graph, and nothing in a trace.
     """
     if torch.jit.is_tracing():
         return
+    c = str(channels) if channels > 0 else 'C'
     if not torch.jit.is_scripting() and not isinstance(x, torch.Tensor):
-        raise TypeError(f'x must be a tensor of shape (B, {channels}, H, W), got {type(x).__name__}')
-    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] < least or x.shape[3] < least:
-        raise ValueError(f'x must be (B, {channels}, H, W) with H and W at least {least}, got shape {list(x.shape)}')
+        raise TypeError(f'x must be a tensor of shape (B, {c}, H, W), got {type(x).__name__}')
+    if x.ndim != 4 or (channels > 0 and x.shape[1] != channels) or x.shape[2] < least or x.shape[3] < least:
+        raise ValueError(f'x must be (B, {c}, H, W) with H and W at least {least}, got shape {list(x.shape)}')
     if not x.is_floating_point():
         raise TypeError(f'x must be floating point, got {x.dtype}')
 
@@ -126,6 +127,15 @@ def single(name: str, value: Any) -> int:
     if len(values) != 1 or not isinstance(values[0], int):
         raise ValueError(f'{name} must be an integer, got {value!r}')
     return values[0]
+
+
+def input_channels(module: nn.Module) -> int:
+    """The channels that the first convolution in a module takes; 0 if it has none."""
+    for part in module.modules():
+        channels: Any = getattr(part, 'in_channels', 0)
+        if channels:
+            return channels
+    return 0
 
 
 def forward_of(module: nn.Module) -> Any:
