@@ -63,7 +63,7 @@ if SAID_CPU:
 CPU_BACKENDS = [name for name in BACKENDS if name != 'triton']
 
 # Reasons for which tests may be skipped in CI.
-MAY_LACK = re.compile(r"GPU|AVX-512|timm's scripts|authors' code|before (torch|timm) [\d.]+")
+MAY_LACK = re.compile(r"GPU|AVX-512|timm's scripts|authors' code|ultralytics|before (torch|timm) [\d.]+")
 
 # Largest `difference` allowed.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

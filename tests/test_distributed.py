@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler
 
@@ -177,6 +178,35 @@ def test_fsdp_in_two_processes_is_one_process(make, tmp_path):
     torch.multiprocessing.spawn(fsdp_process, (str(tmp_path), make), nprocs=2)
 
 
+def zero_process(rank, folder):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    expected, clamped = expected_after(UPDATES, factor=lambda update: 1 / (update + 1))
+    assert clamped
+    for inner in (SMPAdamW, torch.optim.AdamW):
+        net = Net()
+        ddp = nn.parallel.DistributedDataParallel(net)
+        optimizer = ZeroRedundancyOptimizer(ddp.parameters(), inner, lr=LR)
+        if inner is not SMPAdamW:
+            add_point_rules(optimizer, net)
+        scheduler = SCHEDULES['LambdaLR'](optimizer)
+        for update in range(UPDATES):
+            update_once(ddp, optimizer, update, slice(2 * rank, 2 * rank + 2))
+            scheduler.step()
+        assert len(optimizer.param_groups) == 1
+        check(dict(net.named_parameters()), expected)
+    optimizer.consolidate_state_dict(to=0)
+    if rank == 0:
+        assert len(optimizer.state_dict()['param_groups']) == 1
+    with pytest.raises(ValueError, match='got ZeroRedundancyOptimizer with overlap_with_ddp=True'):
+        add_point_rules(ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW, overlap_with_ddp=True, lr=LR))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_zero_in_two_processes_is_one_process(tmp_path):
+    torch.multiprocessing.spawn(zero_process, (str(tmp_path),), nprocs=2)
+
+
 SCHEDULES = {
     'LambdaLR': lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (update + 1)),
     'OneCycleLR': lambda optimizer: lr_scheduler.OneCycleLR(optimizer, LR, total_steps=4, cycle_momentum=False),
@@ -239,6 +269,43 @@ def test_lightning(make, schedule, tmp_path):
     optimizer.load_state_dict(saved['optimizer_states'][0])
     update_once(again.net, optimizer, 2)
     check(dict(again.net.named_parameters()), expected_after(3, factor)[0])
+
+
+@pytest.mark.filterwarnings('ignore:.isinstance.treespec, LeafSpec:FutureWarning')
+def test_backbone_finetuning(tmp_path):
+    """Every group has the rate that it has with plain AdamW, and an update of all is that of a plain loop."""
+    lightning = pytest.importorskip('lightning')
+
+    class Module(lightning.LightningModule):
+        def __init__(self, make):
+            super().__init__()
+            self.make, self.backbone, self.rates = make, Net(), []
+            self.head = nn.Linear(4, 4).double()
+
+        def training_step(self, item, index):
+            self.rates.append([(group['lr'], len(group['params'])) for group in self.optimizers().param_groups])
+            x, y = item
+            return F.cross_entropy(self.head(self.backbone(x)), y)
+
+        def configure_optimizers(self):
+            return self.make(self.head.parameters(), lr=LR)
+
+    def fit(make):
+        torch.manual_seed(0)
+        module = Module(make)
+        trainer = lightning.Trainer(
+            max_epochs=4, accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, enable_checkpointing=False,
+            callbacks=[lightning.pytorch.callbacks.BackboneFinetuning(1, lambda_func=lambda epoch: 2.)])
+        trainer.fit(module, torch.utils.data.DataLoader([batch(0)], batch_size=None))
+        return module
+
+    plain, module = fit(torch.optim.AdamW), fit(SMPAdamW)
+    assert module.rates == plain.rates and len(module.rates[-1]) == 2
+    assert [rates[-1] for rates in module.rates[1:]] == [(pytest.approx(LR / 10 * 2 ** n), 10) for n in range(3)]
+    for kernel in (module.backbone.first.kernel, module.backbone.second.kernel):
+        assert ((kernel.radius >= 1e-3) & (kernel.radius <= 1)).all()
+    assert any((conv.kernel.radius > 1).any() for conv in (plain.backbone.first, plain.backbone.second))
 
 
 @pytest.mark.parametrize('order', ['before', 'behind'])

@@ -16,9 +16,11 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import convert
+import numpy as np
 import publish
 import pytest
 import reference_smp
@@ -28,7 +30,9 @@ import torch._inductor.config
 import yaml
 from conftest import MODELS, difference, shake_norms, wake_weights
 from huggingface_hub import constants
+from PIL import Image, ImageDraw
 from reference import authors_state_dict
+from test_optim import SAM
 from test_publish import unpublished
 from timm.data import create_transform, resolve_model_data_config
 from torch.distributed.run import get_args_parser
@@ -203,6 +207,7 @@ def test_deployment(run, tmp_path, monkeypatch):
     'ignore:.*(pin_memory|tensorboardX|many workers|number of training batches):UserWarning')  # advice of trainers
 def test_tools(run, tmp_path, monkeypatch, request):
     request.addfinalizer(torch.distributed.destroy_process_group)  # which the page leaves behind
+    monkeypatch.setitem(sys.modules, 'sam', SimpleNamespace(SAM=SAM))
     monkeypatch.setattr(
         torch.distributed, 'init_process_group', partial(
             torch.distributed.init_process_group, init_method=f'file://{tmp_path}/meet', rank=0, world_size=1))
@@ -232,8 +237,10 @@ def test_tools(run, tmp_path, monkeypatch, request):
     with torch.no_grad():
         assert difference(again(images), names['classifier'].eval()(images).logits) < 1e-4
     assert isinstance(names['optimizer'], timm_smpconv.SMPAdamW)
-    for trained in (again, names['module'].network, names['sharded']):
+    for trained in (again, names['module'].network, names['sharded'], names['replica'].module, names['sharp']):
         assert difference(*(full(m.head.fc.weight) for m in (trained, network))) > 1e-4
+    rates = [group['lr'] for group in names['finetuner'].optimizers[0].param_groups]
+    assert rates == [pytest.approx(1e-3), pytest.approx(2e-4)]  # the backbone's: 1e-4 at first
 
 
 def full(weight):
@@ -246,12 +253,74 @@ def test_pictures(run, tmp_path):
     assert (tmp_path / 'receptive-field.pdf').stat().st_size > 5_000
 
 
+QUICK = '''
+from functools import partialmethod
+import ultralytics
+ultralytics.YOLO.train = partialmethod(ultralytics.YOLO.train, workers=0, plots=False, device='cpu', verbose=False)
+'''
+SAME = '''def same(results, expected):
+    boxes, others = (r[0].boxes.data[r[0].boxes.data[:, 4].argsort(descending=True)][:20] for r in (results, expected))
+    assert len(boxes) and boxes.shape == others.shape
+    assert (boxes[:, :4] - others[:, :4]).abs().max() < 0.05  # pixels
+    assert (boxes[:, 4] - others[:, 4]).abs().max() < 1e-4
+
+same(after, before)
+same(by_onnx, before)
+same(merged_backbone, unmerged)
+for network in (merged.model, YOLO('merged.pt').model, detector.model):
+    assert not any(isinstance(m, timm_smpconv.SMPKernel) for m in network.modules())
+kernels = [m for m in YOLO(model.trainer.best).model.modules() if isinstance(m, timm_smpconv.SMPKernel)]
+assert len(kernels) == 2 and all(k.weight.shape[2] == 42 for k in kernels)
+assert 'radius_lr_scale' in model.trainer.optimizer.param_groups[0]
+x = torch.randn(1, 64, 20, 20)
+assert (smp_yolo.SMPBlock(64).eval()(x)).shape == x.shape
+kernel = timm_smpconv.render_kernel(copied['weight_coord'], copied['radius'].flatten(1), copied['weights'], (13, 13))
+expected = torch.nn.functional.conv2d(x, kernel.transpose(0, 1), padding=6, groups=64)
+assert (layer(x) - expected).abs().max() < 1e-4
+merge_of_a_subclass = torch.nn.Module()
+merge_of_a_subclass.model = torch.nn.Sequential(layer)
+assert (smp_yolo.merge(merge_of_a_subclass).model(x) - expected).abs().max() < 1e-4
+'''
+
+
+@pytest.mark.slow
+def test_yolo(tmp_path):
+    """In another process, since ultralytics changes PyTorch's functions when it is imported. The data are drawn."""
+    found = subprocess.run([sys.executable, '-c', 'import cv2, ultralytics'], capture_output=True, text=True)
+    if found.returncode:  # its OpenCV needs libGL of the system
+        pytest.skip(f'needs ultralytics: {found.stderr.splitlines()[-1]}')
+    module, *rest = blocks('docs/yolo.md', 'python')
+    (tmp_path / 'smp_yolo.py').write_text(module, encoding='utf-8')
+    for text in blocks('docs/yolo.md', 'yaml'):
+        (tmp_path / text.split()[1]).write_text(text, encoding='utf-8')
+    draw = np.random.default_rng(0)
+    for folder in ('images', 'labels'):
+        (tmp_path / folder).mkdir()
+    for i in range(16):
+        image = Image.fromarray(draw.integers(0, 90, (64, 64, 3), dtype=np.uint8))
+        x, y = draw.integers(12, 52, 2).tolist()
+        ImageDraw.Draw(image).ellipse((x - 8, y - 8, x + 8, y + 8), 'white')
+        image.save(tmp_path / 'images' / f'{i}.png')
+        (tmp_path / 'labels' / f'{i}.txt').write_text(f'0 {x / 64} {y / 64} {17 / 64} {17 / 64}')
+    image.save(tmp_path / 'dot.png')
+    (tmp_path / 'dots.yaml').write_text(f'path: {tmp_path}\ntrain: images\nval: images\nnames: [dot]\n')
+    points = torch.rand(1, 4, 2) - 0.5, torch.full((1, 4, 1, 1), 0.3), torch.randn(1, 64, 4)
+    torch.save(dict(zip(('weight_coord', 'radius', 'weights'), points)), tmp_path / 'copied.pt')
+    (tmp_path / 'page.py').write_text('\n'.join([QUICK, *rest, SAME]), encoding='utf-8')
+    environment = dict(
+        os.environ, YOLO_CONFIG_DIR=str(tmp_path), YOLO_AUTOINSTALL='false', YOLO_OFFLINE='true',
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
+    done = subprocess.run(
+        [sys.executable, 'page.py'], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def test_every_page_with_code_is_run():
     found = {page for page in PAGES if blocks(page, 'python')}
     assert found == {
         'README.md', 'docs/training.md', 'docs/layer-and-operator.md', 'docs/sequences.md', 'docs/weights.md',
         'docs/deployment.md', 'docs/kernel-size.md', 'docs/pictures.md', 'docs/replace.md',
-        'docs/tools.md'}
+        'docs/tools.md', 'docs/yolo.md'}
 
 
 @pytest.mark.parametrize('page', PAGES)

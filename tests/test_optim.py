@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import TOLERANCE, difference, small_model, while_others
 from reference import kernel_loop
 from timm.models import resume_checkpoint
-from timm.optim import create_optimizer_v2
+from timm.optim import Lookahead, create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch.optim import lr_scheduler
@@ -24,17 +24,27 @@ from timm_smpconv.optim import add_point_rules, smp_param_groups
 
 
 def rates_in_step(optimizer):
-    """id of parameter → (learning rate, weight decay) that the optimizer's step reads; nothing moves."""
-    seen = {}
+    """id of parameter → (learning rate × how much of a step is left after it, weight decay that the step reads).
 
-    def look(optimizer, args, kwargs):
-        seen.update({id(p): (g['lr'], g['weight_decay']) for g in optimizer.param_groups for p in g['params']})
+    In place of the optimizer, which has no gradients, a hook takes the step, and it is taken back.
+    """
+    seen, before = {}, {p: p.detach().clone() for g in optimizer.param_groups for p in g['params']}
+
+    def move(optimizer, args, kwargs):
+        seen.update({p: (g['lr'], g['weight_decay']) for g in optimizer.param_groups for p in g['params']})
+        for param in before:
+            param.lerp_(torch.full_like(param, 0.4), 0.5)
 
     optimizer.zero_grad()
-    handle = optimizer.register_step_pre_hook(look)
+    handle = optimizer.register_step_pre_hook(torch.no_grad()(move))
     optimizer.step()
     handle.remove()
-    return seen
+    found = {}
+    for param, start in before.items():
+        moved, step = (value.double() - start.double() for value in (param.detach(), start.lerp(0.4 + 0 * start, 0.5)))
+        found[id(param)] = (seen[param][0] * ((moved * step).sum() / step.square().sum()).item(), seen[param][1])
+        param.detach().copy_(start)
+    return found
 
 
 def kernels_of(model):
@@ -49,7 +59,7 @@ def names_of(model, optimizer):
 def check_rules(model, optimizer, lr=1.0, weight_decay=0.05, radius_lr_scale=0.1):
     for name, (rate, decay) in names_of(model, optimizer).items():
         param = model.get_parameter(name)
-        assert rate == pytest.approx(lr * (radius_lr_scale if name.endswith('radius') else 1)), name
+        assert rate == pytest.approx(lr * (radius_lr_scale if name.endswith('radius') else 1), rel=1e-4), name
         decays = param.ndim > 1 and not name.endswith(('radius', 'coords', 'bias'))
         assert decay == (weight_decay if decays else 0), name
     assert all(group['lr'] == lr for group in optimizer.param_groups)  # outside a step, the whole rate
@@ -99,17 +109,18 @@ def test_layers_inside_another_network_and_bare_parameters():
     check_rules(net, create_optimizer_v2(net, 'smpadamw', lr=1.0, weight_decay=0.05))
 
 
-def test_a_model_is_searched_through_its_modules(monkeypatch):
-    def nothing():
-        raise AssertionError('all living kernels were searched')
-
-    monkeypatch.setattr('timm_smpconv.optim.live_kernels', nothing)
+def test_groups_of_points():
     layer = SMPConv2d(4, 4, 5, groups=4)
-    found = {id(p): g for g in smp_param_groups(layer, radius_lr_scale=0.2) for p in g['params']}
-    assert found[id(layer.kernel.radius)]['radius_lr_scale'] == 0.2
-    assert found[id(layer.kernel.coords)]['weight_decay'] == 0
-    assert 'weight_decay' not in found[id(layer.kernel.weight)]
-    add_point_rules(torch.optim.SGD(layer.parameters(), lr=1.), layer)
+    for params in (layer, layer.parameters(), [{'params': layer.parameters()}, {'params': nn.Linear(1, 1).weight}]):
+        found = {id(p): g for g in smp_param_groups(params, radius_lr_scale=0.2) for p in g['params']}
+        assert found[id(layer.kernel.radius)]['radius_lr_scale'] == 0.2
+        assert found[id(layer.kernel.radius)]['weight_decay'] == found[id(layer.kernel.coords)]['weight_decay'] == 0
+        assert 'weight_decay' not in found[id(layer.kernel.weight)]
+        assert sum('radius_lr_scale' in group for group in found.values()) == 1
+    optimizer = SMPAdamW(smp_param_groups(layer, radius_lr_scale=0.2), lr=1., weight_decay=0.05)
+    assert len(optimizer.param_groups) == 3
+    found = rates_in_step(optimizer)
+    assert found[id(layer.kernel.radius)] == (pytest.approx(0.2), 0) and found[id(layer.kernel.weight)][1] == 0.05
 
 
 def test_ranges_do_not_mix():
@@ -204,14 +215,6 @@ def test_a_scale_out_of_range(value):
             make()
 
 
-def test_optimizers_without_groups_or_rates_are_refused():
-    layer = SMPConv2d(2, 2, 5, groups=2)
-    with pytest.raises(ValueError, match='optimizer must support parameter groups with learning rates, got LBFGS'):
-        add_point_rules(torch.optim.LBFGS(layer.parameters()))
-    with pytest.raises(ValueError, match='got Adafactor with lr = '):
-        add_point_rules(create_optimizer_v2(layer, 'adafactor'))
-
-
 # Any optimizer
 
 
@@ -285,17 +288,164 @@ def test_without_the_rules_rendering_and_checkpoints_still_work(name):
 def test_any_optimizer_with_the_rules(name):
     net = net_with(3).train()
     optimizer = create_optimizer_v2(net, name, lr=8e-2, weight_decay=0.05)
+    groups = [dict(group) for group in optimizer.param_groups]
     assert add_point_rules(optimizer, net) is optimizer
     kernel = net.conv.kernel
     before = kernel.radius.detach().clone()
     for batch in batches_of(7):
         train(net, optimizer, [batch])
         assert in_range(net)
-        assert all(group['lr'] == 8e-2 for group in optimizer.param_groups)
     assert not torch.equal(kernel.radius, before)
-    for group in optimizer.param_groups:
-        if any(p is kernel.radius or p is kernel.coords for p in group['params']):
-            assert group['weight_decay'] == 0
+    for group, expected in zip(optimizer.param_groups, groups, strict=True):
+        assert group.pop('radius_lr_scale') == 0.1
+        assert group.pop('lookahead_step', 7) == 7 and expected.pop('lookahead_step', 0) == 0
+        assert all(p is e for p, e in zip(group.pop('params'), expected.pop('params'), strict=True))
+        assert {**group, **expected} == group  # Lamb counts its steps there, too
+
+
+MAKE = {
+    'adafactor': lambda params: create_optimizer_v2(params, 'adafactor'),  # sets its own rate
+    'lbfgs': lambda params: torch.optim.LBFGS(params, lr=1e-2),
+    **{
+        name: lambda params, name=name: create_optimizer_v2(params, name, lr=1e-2, weight_decay=0.05)
+        for name in ('adamw', 'adam', 'lamb', 'lion', 'madgrad', 'rmsprop', 'sgd', 'sgdw', 'lookahead_adamw')}}
+
+
+@pytest.mark.parametrize('name', MAKE)
+def test_radii_go_a_tenth_of_the_step_and_points_do_not_decay(name):
+    """Against the same optimizer without rules, and without decay in the groups of points."""
+    net, other = net_with(3), net_with(3)
+    radius, start = other.conv.kernel.radius, net.conv.kernel.radius.detach().clone()
+    points = [other.conv.kernel.coords, radius]
+    others = [p for p in other.parameters() if not any(p is point for point in points)]
+    plain = MAKE[name](others + points if name == 'lbfgs' else [
+        {'params': others}, {'params': points, 'weight_decay': 0.}])
+    optimizer = add_point_rules(MAKE[name](net.parameters()), net)
+    x, y = batches_of(1)[0]
+    for module, chosen in ((net, optimizer), (other, plain)):
+        def closure(module=module, chosen=chosen):
+            chosen.zero_grad()
+            loss = F.cross_entropy(module(x), y)
+            loss.backward()
+            return loss
+        chosen.step(closure)
+    assert not torch.equal(radius, start)
+    with torch.no_grad():
+        radius.copy_((start + 0.1 * (radius - start)).clamp(1e-3, 1))
+    check_equal(params_of(net), params_of(other), rtol=1e-12)
+
+
+class SAM(torch.optim.Optimizer):
+    """As github.com/davda54/sam: the optimizer inside makes the step, from where the first step began."""
+
+    def __init__(self, params, base_optimizer, rho=0.05, **kwargs):
+        super().__init__(params, dict(rho=rho, **kwargs))
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self, zero_grad=True):
+        params = [p for group in self.param_groups for p in group['params'] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            self.state[p]['start'] = p.detach().clone()
+            p.add_(p.grad, alpha=(self.param_groups[0]['rho'] / norm).item())
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad=True):
+        for group in self.param_groups:
+            for p in group['params']:
+                p.data = self.state[p]['start']
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+def test_sam():
+    """Against SGD's update written plainly, with the gradients of the other end of the first step."""
+    net, other = net_with(3), net_with(3)
+    lr, radius = 30., other.conv.kernel.radius
+    optimizer = SAM(net.parameters(), torch.optim.SGD, lr=lr)
+    assert add_point_rules(optimizer, net) is optimizer and len(optimizer.param_groups) == 1
+    clamped = 0
+    for x, y in batches_of(3):
+        F.cross_entropy(net(x), y).backward()
+        optimizer.first_step()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.second_step()
+        assert in_range(net)
+
+        params = list(other.parameters())
+        starts = [p.detach().clone() for p in params]
+        ascent = torch.autograd.grad(F.cross_entropy(other(x), y), params)
+        norm = torch.cat([g.flatten() for g in ascent]).norm()
+        with torch.no_grad():
+            for p, g in zip(params, ascent):
+                p += 0.05 * g / norm
+        gradients = torch.autograd.grad(F.cross_entropy(other(x), y), params)
+        with torch.no_grad():
+            for p, start, g in zip(params, starts, gradients):
+                p.copy_(start - (0.1 * lr if p is radius else lr) * g)
+            clamped += ((radius < 1e-3) | (radius > 1)).any().item()
+            radius.clamp_(1e-3, 1)
+        check_equal(params_of(net), params_of(other), rtol=1e-9)
+    assert clamped
+
+
+@pytest.mark.parametrize('name', ['base_optimizer', '_base_optimizer', 'optimizer', '_optimizer', 'optim'])
+def test_the_optimizer_in_a_wrapper_gets_the_rules(name):
+    class Wrapper:
+        pass
+
+    net, wrapper = net_with(3), Wrapper()
+    sgd = torch.optim.SGD(net.parameters(), lr=1e3)
+    setattr(wrapper, name, Lookahead(sgd))
+    assert add_point_rules(wrapper, net) is wrapper
+    train(net, sgd, batches_of(1))
+    assert in_range(net)
+
+
+def test_optimizers_that_cannot_follow_are_refused():
+    net = net_with(3)
+    copies = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    sgd = torch.optim.SGD(copies, lr=1.)
+    with pytest.raises(ValueError, match=r'must train the parameters of model, got SGD with other tensors.*DeepSpeed'):
+        add_point_rules(sgd, net)
+    with pytest.raises(ValueError, match='must train the parameters of model, got Lookahead with other tensors'):
+        add_point_rules(Lookahead(sgd))
+
+    class ScheduleFree(torch.optim.SGD):
+        def eval(self):
+            pass
+
+    with pytest.raises(ValueError, match=r'must not exchange the parameters in train\(\) and eval\(\), got Schedule'):
+        add_point_rules(ScheduleFree(net.parameters(), lr=1.), net)
+    sgd._overlap_with_ddp = True  # of ZeroRedundancyOptimizer, which needs processes
+    with pytest.raises(ValueError, match='must step after the backward pass, got SGD with overlap_with_ddp=True'):
+        add_point_rules(sgd)
+    assert not sgd._optimizer_step_pre_hooks and 'radius_lr_scale' not in sgd.param_groups[0]
+
+    optimizer = SMPAdamW(net, lr=1.)
+    optimizer.param_groups[0]['params'] = copies  # as deepspeed.initialize does
+    with pytest.raises(RuntimeError, match='SMPAdamW must train the radii with which it was made, got groups without'):
+        optimizer.step()
+
+
+def test_points_that_come_later_and_points_that_are_not_trained():
+    """Heads first, as Lightning's BackboneFinetuning; parameters replaced in the groups, as accelerate with FSDP."""
+    net, other = net_with(3), net_with(3)
+    optimizer = add_point_rules(torch.optim.AdamW(net.fc.parameters(), lr=2e-2), net)
+    optimizer.add_param_group({'params': list(net.conv.parameters()), 'lr': 4.})
+    assert len(optimizer.param_groups) == 2
+    optimizer.param_groups[-1]['lr'] = 2e-2
+    train(net, optimizer, batches_of(3))
+    train(other, SMPAdamW(other, lr=2e-2), batches_of(3))
+    check_equal(params_of(net), params_of(other))
+    net.conv.kernel.radius = nn.Parameter(net.conv.kernel.radius.detach().clone())
+    optimizer = SMPAdamW(other, lr=1e3)
+    optimizer.param_groups[0]['params'] = list(net.parameters())
+    train(net, optimizer, batches_of(1))
+    assert in_range(net)
 
 
 @pytest.mark.parametrize('ours,theirs', [(SMPAdamW, torch.optim.AdamW), (SMPAdam, torch.optim.Adam)])
@@ -324,7 +474,7 @@ def test_the_scale_is_a_rate_in_plain_sgd():
 
 
 @pytest.mark.parametrize('kwargs', [
-    dict(foreach=True), dict(foreach=False), dict(fused=True), dict(amsgrad=True), dict(maximize=True),
+    dict(), dict(foreach=True), dict(foreach=False), dict(fused=True), dict(amsgrad=True), dict(maximize=True),
     dict(lr=torch.tensor(2e-2), foreach=False)])
 def test_every_implementation_of_adamw_scales_and_clamps(kwargs):
     """Against two optimizers without rules, of which one has the radii at their own rate, clamped by hand."""
@@ -350,13 +500,17 @@ def test_a_closure_sees_the_state_before_the_step():
     x, y = batches_of(1)[0]
     optimizer = SMPAdamW(net, lr=2e-2)
 
+    groups = []
+
     def closure():
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), y)
         loss.backward()
+        groups.append([len(group['params']) for group in optimizer.param_groups])
         return loss
 
-    losses = [optimizer.step(closure).item() for _ in range(3)]
+    losses = [optimizer.step(closure).item(), optimizer.step(closure=closure).item(), optimizer.step(closure).item()]
+    assert groups == [[len(list(net.parameters()))]] * 3  # Lightning's loop runs in the closure
     train(other, SMPAdamW(other, lr=2e-2), [(x, y)] * 3)
     check_equal(params_of(net), params_of(other))
     assert len(set(losses)) == 3
@@ -430,10 +584,10 @@ def test_parameters_added_later(make, named):
     first, layer = nn.Linear(2, 2), SMPConv2d(4, 4, 5, bias=False, groups=4)
     optimizer = make(list(first.named_parameters()) if named else list(first.parameters()))
     optimizer.add_param_group({'params': layer.named_parameters() if named else layer.parameters(), 'lr': 1.0})
+    assert len(optimizer.param_groups) == 2
     check_rules(layer, optimizer)
     if named:
-        assert [g['param_names'] for g in optimizer.param_groups[1:]] == [
-            ['kernel.weight'], ['kernel.coords'], ['kernel.radius']]
+        assert optimizer.param_groups[1]['param_names'] == [name for name, _ in layer.named_parameters()]
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 0.5)
     optimizer.step()
     scheduler.step()
@@ -506,19 +660,47 @@ def test_timm_checkpoints_resume(tmp_path):
     check_rules(again, optimizer_again, lr=0.4)
 
 
-def test_a_state_saved_without_the_rules_keeps_its_rates():
-    """0.1.0 kept the scaled rate of radii as the rate of their group."""
-    net = net_with(3)
-    optimizer = SMPAdamW(net, lr=1.)
-    state = optimizer.state_dict()
-    for group in state['param_groups']:
-        if group.pop('radius_range', None) is not None:
-            group['lr'] *= group.pop('radius_lr_scale')
+def two_groups(net):
+    kernel = net.conv.kernel
+    return [
+        {'params': [net.conv.bias, net.fc.bias], 'weight_decay': 0.},
+        {'params': [kernel.coords, kernel.radius, kernel.weight, net.fc.weight]}]
+
+
+@pytest.mark.parametrize('options', [
+    {'lr': 2e-3, 'lr_scale': 0.1, 'initial_lr': 2e-2},  # of radii in 0.1.0, and then
+    {'lr': 2e-2, 'radius_lr_scale': 0.1, 'radius_range': (1e-3, 1.)}])
+def test_states_of_earlier_versions_are_resumed(options):
+    net, other = net_with(3), net_with(3)
+    batches, kernel = batches_of(6), net.conv.kernel
+    earlier = torch.optim.AdamW([
+        {'params': [net.conv.bias, net.fc.bias], 'weight_decay': 0.},
+        {'params': [kernel.weight, net.fc.weight], 'weight_decay': 0.05},
+        {'params': [kernel.coords], 'weight_decay': 0.},
+        {'params': [kernel.radius], 'weight_decay': 0., 'lr': 2e-3}], lr=2e-2)
+    for batch in batches[:3]:
+        train(net, earlier, [batch])
+        with torch.no_grad():
+            net.conv.kernel.radius.clamp_(1e-3, 1)
+    state = earlier.state_dict()
+    state['param_groups'][3].update(options)
+    optimizer = SMPAdamW(two_groups(net), lr=1., weight_decay=1.)
     optimizer.load_state_dict(state)
+    assert [(g['lr'], g['weight_decay']) for g in optimizer.param_groups] == [(2e-2, 0), (2e-2, 0.05)]
+    train(net, optimizer, batches[3:])
+    train(other, SMPAdamW(two_groups(other), lr=2e-2, weight_decay=0.05), batches)
+    check_equal(params_of(net), params_of(other), rtol=1e-9)
+    with pytest.raises(ValueError, match='different number of parameter groups'):
+        SMPAdamW(net, lr=1.).load_state_dict(optimizer.state_dict())
+
+
+def test_a_state_without_the_rules_is_resumed():
+    net = net_with(3)
+    optimizer = SMPAdamW(net, lr=1., weight_decay=0.05)
+    optimizer.load_state_dict(torch.optim.AdamW(net.parameters(), lr=0.5, weight_decay=0.01).state_dict())
     found = rates_in_step(optimizer)
-    assert found[id(net.conv.kernel.radius)][0] == pytest.approx(0.1)
-    train(net, optimizer, batches_of(2))
-    assert in_range(net)
+    assert found[id(net.conv.kernel.radius)] == (pytest.approx(0.05), 0)
+    assert found[id(net.conv.kernel.weight)] == (pytest.approx(0.5), 0.01)
 
 
 def test_an_optimizer_is_freed_with_its_last_user():
@@ -539,8 +721,7 @@ def test_optimizers_are_made_while_other_threads_build_models():
     def make():
         for _ in range(50):
             kernel = SMPKernel(1, (3, 3), 1)
-            optimizer = SMPAdamW(kernel.parameters(), lr=1.)
-            assert sum('radius_range' in g for g in optimizer.param_groups) == 1
+            assert len(smp_param_groups(kernel.parameters())) == 3
 
     while_others(build, make)
 

@@ -1,17 +1,14 @@
-"""The rules of training for the points of SMP kernels, as hooks on any optimizer's step.
+"""The rules of training for the points of SMP kernels, as hooks around any optimizer's step.
 
-Radii learn at a tenth of the learning rate (the paper's appendix, 1.1) and are back in their range after every step;
-positions and radii have no weight decay, the points' weights do. `SMPAdamW` and `SMPAdam`, registered with timm as
+Radii move a tenth of the step that the optimizer takes (the paper's appendix, 1.1), and are back in their range after
+it. Positions and radii have no weight decay; the points' weights do. `SMPAdamW` and `SMPAdam`, registered with timm as
 `smpadamw` and `smpadam`, follow the rules by themselves; `add_point_rules` adds them to any other optimizer.
 
-The rules are options of the parameter groups: groups of radii hold `radius_range` and `radius_lr_scale`. They are part
-of the optimizer's state dict, and copies and pickles keep them.
+The parameter groups stay the user's. They get one option, `radius_lr_scale`.
 """
 import logging
 import math
-from functools import partial
-from typing import Any, Dict, Iterable, List, Optional, TypeVar, Union
-from weakref import proxy
+from typing import Any, Dict, Iterable, List, Optional, Tuple, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -19,28 +16,29 @@ from timm.optim import OptimInfo
 from torch.optim import Optimizer
 
 from .layers._checks import check_points
-from .layers.smp_kernel import SMPKernel, live_kernels
+from .layers.smp_kernel import live_kernels
 
 __all__ = ['SMPAdam', 'SMPAdamW', 'add_point_rules', 'smp_param_groups']
 
 _logger = logging.getLogger(__name__)
 _OptimizerT = TypeVar('_OptimizerT', bound=Optimizer)
+_Group = Dict[str, Any]
+_Kinds = Dict[torch.Tensor, Union[str, Tuple[float, float]]]  # 'others', 'coords', or the range of a radius
 
 
 def smp_param_groups(
         params: Union[nn.Module, Iterable[Any]],
         *,
         radius_lr_scale: float = 0.1,
-) -> List[Dict[str, Any]]:
-    """Split positions and radii off their parameter groups, and note the rules of the points there.
+) -> List[_Group]:
+    """Split positions and radii off their parameter groups, so that they have options of their own.
 
-    Positions and radii get no weight decay. The optimizers of this module follow the other rules; another optimizer
-    needs `add_point_rules`, which splits the groups by itself.
+    The optimizers of this module and `add_point_rules` do not need it. It is for schedules that treat radii differently
+    and for optimizers that keep state by group.
 
     Args:
-        params: A model, in which the points are found through its modules. Or parameters, or groups of them, as torch's
-            optimizers take them; then all SMP kernels that exist are searched for them.
-        radius_lr_scale: Factor on the learning rate of radii, at least 0.
+        params: A model, parameters, or groups of them, as torch's optimizers take them.
+        radius_lr_scale: Factor on the steps of radii, at least 0.
 
     Raises:
         ValueError: radius_lr_scale is negative or not finite, or a position or radius is not finite.
@@ -51,13 +49,21 @@ def smp_param_groups(
         ...     print([tuple(p.shape) for p in group.pop('params')], group)
         [(8,), (1, 8, 240)] {}
         [(1, 240, 2)] {'weight_decay': 0.0}
-        [(1, 240)] {'weight_decay': 0.0, 'radius_range': (0.001, 1.0), 'radius_lr_scale': 0.1}
+        [(1, 240)] {'weight_decay': 0.0, 'radius_lr_scale': 0.1}
     """
     _check_scale(radius_lr_scale)
-    model = params if isinstance(params, nn.Module) else None
     members = list(params.parameters() if isinstance(params, nn.Module) else params)
     groups = members if members and isinstance(members[0], dict) else [{'params': members}]
-    return _split(groups, radius_lr_scale, model)
+    split = []
+    for group in groups:
+        own = group['params']
+        group = dict(group, params=[own] if isinstance(own, torch.Tensor) else list(own))
+        kinds = _kinds_of(group)
+        for part in _split(group, kinds):
+            if isinstance(kinds[_param(part['params'][0])], tuple):
+                part['radius_lr_scale'] = radius_lr_scale
+            split.append(part)
+    return split
 
 
 def add_point_rules(
@@ -65,28 +71,33 @@ def add_point_rules(
         model: Optional[nn.Module] = None,
         radius_lr_scale: float = 0.1,
 ) -> _OptimizerT:
-    """Make an optimizer follow the rules of the points: their rates, their weight decay and the range of the radii.
+    """Make an optimizer follow the rules of the points: their steps, their weight decay and the range of the radii.
 
-    Call it before a learning rate scheduler is made and before a state is loaded: it splits parameter groups, as
-    `smp_param_groups` does, those added later by `add_param_group` too. Then every `step()` scales the learning rate
-    of radii, whatever a scheduler or layer decay has set, and clamps radii to their range; an average of the weights
-    updated after it sees radii in range (the authors' loop averages before it clamps).
+    After each `step()`, radii have moved `radius_lr_scale` of the step that the optimizer took, and are clamped to
+    their range. Where steps are proportional to the learning rate, as in SGD and AdamW, that is a factor on this rate,
+    under any schedule and layer decay. An average of the weights updated after the step has radii in range (the
+    authors' loop averages before it clamps). During the step, points are in groups without weight decay.
+
+    Otherwise the groups remain as they are. The rules can be added at any time, and hold for parameters that are added
+    later. State dicts of earlier versions, which split the groups, can be loaded.
 
     The rules are step hooks, which torch drops from a deep copy or pickle of the optimizer: call this function again
-    on the copy. The optimizers of this module do that themselves. A state dict saved without the rules, as by version
-    0.1.0, brings its own rates: then radii are clamped, but their rate is not scaled again.
+    on the copy. The optimizers of this module do that themselves.
 
     Args:
-        optimizer: Any optimizer with parameter groups. Of timm's Lookahead and accelerate's wrapper, the wrapped one.
-        model: Where to find points; by default in all SMP kernels that exist.
-        radius_lr_scale: Factor on the learning rate of radii, at least 0. Groups of `smp_param_groups` keep theirs.
+        optimizer: Any optimizer. Of a wrapper that calls another one's step (SAM, Lookahead, ZeroRedundancyOptimizer,
+            accelerate's), that other one gets the rules.
+        model: The model that the optimizer trains, to check that it does.
+        radius_lr_scale: Factor on the steps of radii, at least 0. Groups with this option keep theirs.
 
     Returns:
         The same optimizer.
 
     Raises:
         ValueError: radius_lr_scale is negative or not finite, a position or radius is not finite, or the optimizer
-            takes a single group (LBFGS) or no learning rate (`lr=None`). The optimizer is unchanged.
+            cannot follow the rules: it trains copies of the parameters (DeepSpeed), exchanges them in `train()` and
+            `eval()` (schedule-free optimizers), or steps during the backward pass (`overlap_with_ddp`). It is
+            unchanged.
 
     Example:
         >>> from timm_smpconv import SMPConv2d
@@ -98,17 +109,24 @@ def add_point_rules(
         True
     """
     _check_scale(radius_lr_scale)
-    wrapped = getattr(optimizer, '_base_optimizer', getattr(optimizer, 'optimizer', None))
-    if isinstance(wrapped, Optimizer):
-        add_point_rules(wrapped, model, radius_lr_scale)
-        return optimizer
-    if isinstance(optimizer, torch.optim.LBFGS) or any(group['lr'] is None for group in optimizer.param_groups):
+    inner, name = _innermost(optimizer), type(optimizer).__name__
+    if hasattr(inner, 'eval'):
+        raise ValueError(f'optimizer must not exchange the parameters in train() and eval(), got {name}')
+    if getattr(optimizer, '_overlap_with_ddp', False):
+        raise ValueError(f'optimizer must step after the backward pass, got {name} with overlap_with_ddp=True')
+    rules = _PointRules()
+    rules.find(inner)
+    is_held = inner is optimizer or rules.has_radii()
+    if model is not None:
+        is_held = not rules.kinds.keys().isdisjoint(model.parameters())
+    if not is_held:
         raise ValueError(
-            f'optimizer must support parameter groups with learning rates, got {type(optimizer).__name__} with lr = '
-            f'{[group["lr"] for group in optimizer.param_groups]}')
-    optimizer.param_groups[:] = _split(optimizer.param_groups, radius_lr_scale, model)
-    optimizer.defaults['radius_lr_scale'] = radius_lr_scale
-    _register_hooks(optimizer)
+            f'optimizer must train the parameters of model, got {name} with other tensors. Optimizers of copies, such '
+            "as DeepSpeed's, cannot follow the rules of the points")
+    inner.defaults.setdefault('radius_lr_scale', radius_lr_scale)
+    for group in inner.param_groups:
+        group.setdefault('radius_lr_scale', radius_lr_scale)
+    rules.register(inner)
     return optimizer
 
 
@@ -117,79 +135,146 @@ def _check_scale(radius_lr_scale: float) -> None:
         raise ValueError(f'radius_lr_scale must be at least 0 and finite, got {radius_lr_scale}')
 
 
-def _split(
-        groups: Iterable[Dict[str, Any]],
-        radius_lr_scale: float,
-        model: Optional[nn.Module] = None,
-) -> List[Dict[str, Any]]:
-    """Split each group into ordinary parameters, positions, and radii by range; drop empty groups."""
-    kernels = live_kernels() if model is None else [m for m in model.modules() if isinstance(m, SMPKernel)]
-    coords = {id(k.coords) for k in kernels}
-    ranges = {id(k.radius): k.radius_range for k in kernels}
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    # In SAM, timm's Lookahead, most others (accelerate, DeepSpeed, pytorch_optimizer), AdaScale, and ZeRO.
+    for name in ('base_optimizer', '_base_optimizer', 'optimizer', '_optimizer', 'optim'):
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, Optimizer):
+            return _innermost(inner)
+    return optimizer
+
+
+def _param(member: Any) -> torch.Tensor:
+    return member[1] if isinstance(member, tuple) else member
+
+
+def _kinds_of(group: _Group) -> _Kinds:
+    """What the parameters of a group are; ValueError if they are points that are not finite."""
+    kernels = live_kernels()
+    known: Dict[int, Any] = {id(k.radius): k.radius_range for k in kernels}
+    known.update((id(k.coords), 'coords') for k in kernels)
+    kinds: _Kinds = {}
+    for i, member in enumerate(group['params']):
+        param = _param(member)
+        kinds[param] = kind = known.get(id(param), 'others')
+        if kind != 'others':
+            name = member[0] if isinstance(member, tuple) else group['param_names'][i] if 'param_names' in group else (
+                f'{"coords" if kind == "coords" else "radius"} {tuple(param.shape)}')
+            check_points(name, param)
+    return kinds
+
+
+def _split(group: _Group, kinds: _Kinds) -> List[_Group]:
+    """Split a group into other parameters, positions and radii, the latter two without weight decay."""
+    parts: Dict[str, List[int]] = {'others': [], 'coords': [], 'radii': []}
+    for i, member in enumerate(group['params']):
+        kind = kinds[_param(member)]
+        parts['radii' if isinstance(kind, tuple) else kind].append(i)
     split = []
-    for group in groups:
-        if 'radius_range' in group:
-            split.append(group)
-            continue
-        members = group['params']
-        members = [members] if isinstance(members, torch.Tensor) else list(members)
-        names = group.get('param_names', [None] * len(members))
-        parts: Dict[Any, List[Any]] = {'others': [], 'coords': []}
-        for name, member in zip(names, members, strict=True):
-            named, param = member if isinstance(member, tuple) else (name, member)
-            kind = 'coords' if id(param) in coords else ranges.get(id(param), 'others')
-            if kind != 'others':
-                check_points(named or f'{"coords" if kind == "coords" else "radius"} {tuple(param.shape)}', param)
-            parts.setdefault(kind, []).append((name, member))
-        for kind, chosen in parts.items():
-            if not chosen:
-                continue
-            part = dict(group, params=[member for _, member in chosen])
-            if 'param_names' in group:
-                part['param_names'] = [name for name, _ in chosen]
-            if kind != 'others':
-                part['weight_decay'] = 0.
-            if kind not in ('others', 'coords'):
-                part.update(radius_range=kind, radius_lr_scale=radius_lr_scale)
+    for kind, chosen in parts.items():
+        part = dict(group)
+        part.update((key, [group[key][i] for i in chosen]) for key in ('params', 'param_names') if key in group)
+        if kind != 'others':
+            part['weight_decay'] = 0.
+        if chosen:
             split.append(part)
-    return split
+    return split or [group]
 
 
-def _register_hooks(optimizer: Optimizer) -> None:
-    if 'add_param_group' in vars(optimizer):
-        return  # has them
-    optimizer.register_step_pre_hook(_scale_rates)
-    optimizer.register_step_post_hook(_restore_rates_and_clamp)
-    optimizer.register_load_state_dict_post_hook(_mark_loaded_groups)
-    # A weak reference, as an optimizer that refers to itself would outlive its last user.
-    vars(optimizer)['add_param_group'] = partial(_add_param_group, proxy(optimizer))
+class _PointRules:
+    """The hooks of an optimizer, and what they keep from the start of a step to its end."""
 
+    def __init__(self):
+        self.kinds: _Kinds = {}
+        self.starts: List[Tuple[torch.Tensor, torch.Tensor, float]] = []  # a radius, its value, the factor on its step
+        self.parted: List[Tuple[_Group, List[torch.Tensor]]] = []  # groups without their points, and their parameters
 
-def _add_param_group(optimizer: Optimizer, param_group: Dict[str, Any]) -> None:
-    for part in _split([param_group], optimizer.defaults['radius_lr_scale']):
-        optimizer.__class__.add_param_group(optimizer, part)
+    def register(self, optimizer: Optimizer) -> None:
+        if 'point_rules' not in vars(optimizer):
+            vars(optimizer)['point_rules'] = self
+            optimizer.register_step_pre_hook(torch.compiler.disable(self.before_step))
+            optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))
+            optimizer.register_load_state_dict_pre_hook(self.join_groups)
 
+    def has_radii(self) -> bool:
+        return any(isinstance(kind, tuple) for kind in self.kinds.values())
 
-def _mark_loaded_groups(optimizer: Optimizer) -> None:
-    optimizer.param_groups[:] = _split(optimizer.param_groups, radius_lr_scale=1.)
+    def find(self, optimizer: Optimizer) -> None:
+        """Find the points among the parameters, if these are not the same as before."""
+        if self.kinds.keys() == {param for group in optimizer.param_groups for param in group['params']}:
+            return
+        had_radii, earlier = self.has_radii(), self.kinds
+        self.kinds = {param: kind for group in optimizer.param_groups for param, kind in _kinds_of(group).items()}
+        # FSDP's modules may have other tensors than their optimizer until the next forward pass.
+        self.kinds.update((param, kind) for param, kind in earlier.items() if self.kinds.get(param) == 'others')
+        if had_radii and not self.has_radii():
+            raise RuntimeError(
+                f'{type(optimizer).__name__} must train the radii with which it was made, got groups without radii. '
+                'Wrappers that train copies, such as those of DeepSpeed, cannot follow the rules of the points')
 
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self.join(optimizer)  # a step may call another one that has hooks, or raise
+        self.find(optimizer)
+        self.starts = [
+            (param, param.detach().clone(), group.get('radius_lr_scale', optimizer.defaults['radius_lr_scale']))
+            for group in optimizer.param_groups for param in group['params'] if isinstance(self.kinds[param], tuple)]
+        self.part(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get('closure')
+        if not self.parted or closure is None:
+            return None
 
-def _radius_groups(optimizer: Optimizer) -> List[Dict[str, Any]]:
-    return [group for group in optimizer.param_groups if 'radius_range' in group]
+        def with_whole_groups() -> Any:
+            self.join(optimizer)
+            loss = closure()
+            self.find(optimizer)
+            self.part(optimizer)
+            return loss
 
+        if len(args) > 1:
+            return (args[0], with_whole_groups, *args[2:]), kwargs
+        return args, {**kwargs, 'closure': with_whole_groups}
 
-def _scale_rates(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for group in _radius_groups(optimizer):
-        if 'whole_lr' not in group:  # else a step whose hooks have run calls another one that has hooks
-            group.update(lr=group['lr'] * group['radius_lr_scale'], whole_lr=group['lr'])
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.join(optimizer)
+        for radius, start, scale in self.starts:
+            if scale != 1:
+                radius.sub_(start).mul_(scale).add_(start)
+            radius.clamp_(*self.kinds[radius])
+        self.starts = []
 
+    def part(self, optimizer: Optimizer) -> None:
+        """Move points out of groups with weight decay, into groups behind all others."""
+        for group in list(optimizer.param_groups):
+            params = group['params']
+            points = [param for param in params if self.kinds[param] != 'others']
+            if points and group.get('weight_decay'):
+                self.parted.append((group, params))
+                group['params'] = [param for param in params if self.kinds[param] == 'others']
+                optimizer.param_groups.append({**group, 'params': points, 'weight_decay': 0.})
 
-@torch.no_grad()
-def _restore_rates_and_clamp(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for group in _radius_groups(optimizer):
-        group['lr'] = group.pop('whole_lr', group['lr'])
-        for radius in group['params']:
-            radius.clamp_(*group['radius_range'])
+    def join(self, optimizer: Optimizer) -> None:
+        """Undo `part`."""
+        for group, params in self.parted:
+            group['params'] = params
+            optimizer.param_groups.pop()
+        self.parted = []
+
+    def join_groups(self, optimizer: Optimizer, state_dict: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """Join the groups of a state that an earlier version saved, which split each as `_split` does."""
+        self.find(optimizer)
+        saved = state_dict['param_groups']
+        split = [_split(group, self.kinds) for group in optimizer.param_groups]
+        parts = [part for group in split for part in group]
+        if len(saved) == len(split) or [len(g['params']) for g in saved] != [len(g['params']) for g in parts]:
+            return None
+        index = {p: i for part, g in zip(parts, saved) for p, i in zip(part['params'], g['params'])}
+        joined = []
+        for group, own in zip(optimizer.param_groups, split):
+            joined.append({**saved[0], 'params': [index[p] for p in group['params']]})
+            joined[-1].pop('param_names', None)  # those of this optimizer
+            saved = saved[len(own):]
+        return {**state_dict, 'param_groups': joined}
 
 
 class SMPAdam(torch.optim.Adam):
@@ -198,16 +283,16 @@ class SMPAdam(torch.optim.Adam):
     Weight decay is an L2 term of the gradient.
 
     Args:
-        params: See `smp_param_groups`.
+        params: A model, or what `torch.optim.Adam` takes.
         lr: Learning rate.
-        radius_lr_scale: Factor on the learning rate of radii, at least 0.
+        radius_lr_scale: Factor on the steps of radii, at least 0.
         **kwargs: See `torch.optim.Adam`.
 
     Example:
         >>> from timm_smpconv import SMPConv2d
         >>> optimizer = SMPAdam(SMPConv2d(8, 8, 31, groups=8), lr=1e-3, weight_decay=1e-5)
-        >>> [(group['lr'], group['weight_decay']) for group in optimizer.param_groups]
-        [(0.001, 1e-05), (0.001, 0.0), (0.001, 0.0)]
+        >>> [(group['lr'], group['radius_lr_scale']) for group in optimizer.param_groups]
+        [(0.001, 0.1)]
     """
 
     def __init__(
@@ -217,12 +302,13 @@ class SMPAdam(torch.optim.Adam):
             radius_lr_scale: float = 0.1,
             **kwargs: Any,
     ):
-        super().__init__(smp_param_groups(params, radius_lr_scale=radius_lr_scale), lr=lr, **kwargs)
+        _check_scale(radius_lr_scale)
+        super().__init__(params.parameters() if isinstance(params, nn.Module) else params, lr=lr, **kwargs)
         add_point_rules(self, radius_lr_scale=radius_lr_scale)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        _register_hooks(self)  # a deep copy or pickle comes without
+        _PointRules().register(self)  # a deep copy or pickle comes without
 
 
 class SMPAdamW(SMPAdam, torch.optim.AdamW):
@@ -259,4 +345,4 @@ def register_optimizer(info: OptimInfo) -> None:
 for _name, _class, _base in (('smpadamw', SMPAdamW, torch.optim.AdamW), ('smpadam', SMPAdam, torch.optim.Adam)):
     register_optimizer(OptimInfo(
         name=_name, opt_class=_class, has_betas=True,
-        description=f'torch.optim.{_base.__name__}; radii of SMP kernels at 0.1 × the learning rate'))
+        description=f'torch.optim.{_base.__name__}; radii of SMP kernels move 0.1 × its step'))

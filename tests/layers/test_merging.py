@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d, LayerScale2d, convert_sync_batchnorm
 from timm.utils import reparameterize_model
 from timm.utils.model import freeze_batch_norm_2d
+from torch.nn.utils import prune
 
-from timm_smpconv import SMPConv2d, SMPKernel
+from timm_smpconv import RepSMPConv2d, SMPConv2d, SMPKernel
 from timm_smpconv.layers._folding import MergeError
 from timm_smpconv.layers.merged import MergedConv2d
 from timm_smpconv.weights.checkpoint import checkpoint_filter_fn
@@ -139,6 +140,158 @@ def test_a_refusal_names_the_part_and_leaves_the_callers_model_alone(where, make
         reparameterize_model(model)
     assert dict(model.named_modules()) == before
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def keep(module, inputs, output=None):
+    """A hook that changes nothing, which nobody can see from outside."""
+
+
+def halve(module, inputs, output):
+    return output / 2
+
+
+class Conv2d(nn.Module):
+    """Wraps a layer under the name of another, as peft's adapters do."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return self.base_layer(x) * 1.5
+
+
+def prune_weight(module):
+    prune.l1_unstructured(module, 'weight', 0.5)
+
+
+def assign(module):
+    module.forward = partial(type(module).forward, module)
+
+
+def put_adapter(model, where):
+    model.set_submodule(where, Conv2d(model.get_submodule(where)))
+
+
+ADDED = {
+    'pruned': (prune_weight, r'Conv2d with the forward pre-hook L1Unstructured \(prune.remove removes it\)'),
+    'weight_norm': (
+        nn.utils.weight_norm, r'Conv2d with the forward pre-hook WeightNorm \(remove_weight_norm removes it\)'),
+    'spectral_norm': (nn.utils.spectral_norm, r'the forward pre-hook SpectralNorm \(remove_spectral_norm removes it\)'),
+    'forward assigned': (assign, r'with another forward assigned \(del module.forward removes it\)'),
+}
+DROPPED = [
+    'stem.3', 'stem.3.conv', 'stem.3.bn', 'stages.3.downsample.1', 'stages.3.blocks.0', 'stages.3.blocks.1',
+    'stages.3.blocks.0.norm', 'stages.3.blocks.0.pw1', 'stages.3.blocks.0.pw1.act', 'stages.3.blocks.0.dwconv',
+    'stages.3.blocks.0.dwconv.large', 'stages.3.blocks.0.dwconv.small.conv', 'stages.3.blocks.0.drop_path',
+    'stages.3.blocks.1.drop_path', 'stages.3.blocks.1.pw2.bn', 'head.norm']
+
+
+@pytest.mark.parametrize('where,hook,register', [
+    *((where, halve, 'register_forward_hook') for where in DROPPED),
+    (DROPPED[1], keep, 'register_forward_hook'), (DROPPED[2], keep, 'register_forward_pre_hook')])
+def test_forward_hooks_of_a_part_that_goes_are_refused(where, hook, register):
+    model = small_model(drop_path_rate=0.5)
+    getattr(model.get_submodule(where), register)(hook)
+    name = re.sub(r'^(stages\.\d|head|stem)\.', '', where)
+    part = model.get_submodule(where)
+    kind = type(part).__name__
+    rule = rf'must compute what its class does to be merged, got {kind} with the forward \S+ {hook.__name__} '
+    with pytest.raises(MergeError, match=rf'^({name}|{kind}) {rule}\(handle.remove removes it\)'):
+        reparameterize_model(model)
+
+
+@pytest.mark.parametrize('where', ['stem.1.conv', 'stages.1.blocks.0.pw1.conv', 'stages.0.blocks.0.dwconv.small.conv'])
+@pytest.mark.parametrize('change', ADDED)
+def test_what_changes_a_part_without_its_class_is_refused(model, images, change, where):
+    change, message = ADDED[change]
+    change(model.get_submodule(where))
+    with torch.no_grad():
+        model(images)  # after which the weights that a hook computes can be copied
+    name = re.sub(r'^(stages\.\d|stem)\.', '', where)
+    with pytest.raises(MergeError, match=f'^{name} must compute what its class does to be merged, got .*{message}'):
+        reparameterize_model(model)
+
+
+def test_a_layer_by_itself_with_hooks_is_refused():
+    for layer in (SMPConv2d(4, 4, 5, padding=2, groups=4), RepSMPConv2d(4, 5), small_model().stem[0]):
+        layer.register_forward_hook(halve)
+        with pytest.raises(MergeError, match='must compute what its class does to be merged'):
+            layer.fuse()
+
+    class Doubled(RepSMPConv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(MergeError, match=r'must be a RepConv to be merged, got test_merging\.Doubled'):
+        Doubled(4, 5).fuse()
+
+
+def test_accelerates_wrappers_are_named(model):
+    hooks = pytest.importorskip('accelerate.hooks')
+    conv = model.stages[1].blocks[0].pw1.conv
+    hooks.add_hook_to_module(conv, hooks.ModelHook())
+    with pytest.raises(MergeError, match=r'got Conv2d with another forward.*accelerate.hooks.remove_hook_from_module'):
+        reparameterize_model(model)
+    hooks.remove_hook_from_module(conv)
+    reparameterize_model(model)
+
+
+@pytest.mark.parametrize('where', ['stem.1.conv', 'stages.1.blocks.0.pw1', 'stages.1.blocks.0.dwconv.small.conv'])
+def test_adapters_that_were_left_in_are_named(model, where):
+    put_adapter(model, where)
+    with pytest.raises(MergeError, match=r'must be .* to be merged, got test_merging\.Conv2d\('):
+        reparameterize_model(model)
+
+
+def test_a_compiled_convolution_is_named(model):
+    block = model.stages[1].blocks[0]
+    block.pw1.conv = torch.compile(block.pw1.conv)
+    with pytest.raises(MergeError, match=r'pw1.conv must compute what .* got OptimizedModule with torch.compile'):
+        reparameterize_model(model)
+
+
+@pytest.mark.parametrize('where', ['', 'stages.1', 'stages.1.blocks.0'])
+def test_compiled_parts_merge(model, images, where):
+    expected = model(images)
+    if where:
+        model.set_submodule(where, torch.compile(model.get_submodule(where), backend='eager'))
+        model(images)
+    else:
+        model = torch.compile(model, backend='eager')
+    merged = reparameterize_model(model)
+    assert not any(isinstance(m, (nn.BatchNorm2d, SMPKernel)) for m in merged.modules())
+    assert difference(merged(images), expected) < TOLERANCE[torch.float32]
+
+
+HARMLESS = {
+    'backward hooks': lambda m: (m.register_full_backward_hook(keep), m.register_full_backward_pre_hook(keep)),
+    'hooks that stay': lambda m: [
+        part.register_forward_hook(halve)
+        for part in (m.stages[1], m.stages[0].blocks, m.stem, m.head, m.stages[1].blocks[0].act2)],
+    'hooks of kernels': lambda m: [
+        part.register_forward_hook(halve) for part in m.modules() if isinstance(part, SMPKernel)],
+    'pruned kernels': lambda m: [prune_weight(part) for part in m.modules() if isinstance(part, SMPKernel)],
+    'pruned for good': lambda m: (prune_weight(m.stem[1].conv), prune.remove(m.stem[1].conv, 'weight')),
+    'forward assigned to itself': lambda m: [
+        setattr(part, 'forward', part.forward) for part in m.modules() if isinstance(part, nn.Conv2d)],
+    'parametrizations': lambda m: [
+        nn.utils.parametrizations.spectral_norm(part) if i % 2 else nn.utils.parametrizations.weight_norm(part)
+        for i, part in enumerate(m.modules()) if isinstance(part, (nn.Conv2d, SMPKernel))],
+}
+
+
+@pytest.mark.parametrize('change', HARMLESS)
+@pytest.mark.parametrize('training', [False, True])
+def test_what_is_folded_or_stays(model, images, change, training):
+    HARMLESS[change](model)
+    with torch.no_grad():
+        expected = model.eval()(images)
+    state = copy.deepcopy(model.state_dict())
+    merged = reparameterize_model(model.train(training)).eval()
+    assert not any(isinstance(m, (nn.BatchNorm2d, SMPKernel)) for m in merged.modules())
+    assert difference(merged(images), expected) < TOLERANCE[torch.float32]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize('where', ['stages.3.blocks.1.norm', 'stages.3.downsample.1.bn', 'stem.3.bn'])
@@ -372,8 +525,9 @@ def test_only_merged_blocks_overwrite_what_a_hook_sees(model, images):
     """A research model's hidden activations are those before GELU, with and without gradients."""
     seen = []
     block = model.stages[0].blocks[1]
-    block.pw1.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].clone(), output)))
+    handle = block.pw1.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].clone(), output)))
     model(images)
+    handle.remove()
     inputs, output = seen[0]
     assert torch.equal(output, block.pw1(inputs))
     assert (output < -0.2).any()  # GELU ends at -0.17

@@ -10,10 +10,11 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import IMAGENET_MODELS, MODELS, TOLERANCE, difference, small_model, wake_weights
+from conftest import IMAGENET_MODELS, MODELS, SMALL, TOLERANCE, difference, small_model, wake_weights
 from timm.layers import DropPath
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -329,6 +330,32 @@ def test_bad_images_are_named(entrances, x, error, message):
     for call in entrances:
         with pytest.raises(error, match=message):
             call(x)
+
+
+@pytest.mark.parametrize('inference_mode', [False, True])
+@pytest.mark.parametrize('name,args,firsts', [
+    ('smpconv_mobile31', SMALL, ['stem.0.conv']),
+    ('smpconv_resnet_cifar10', dict(dims=(4, 6), kernel_size=9), ['stem.conv1']),
+    ('smpconv_tcn_ct', dict(seq_len=40, dim=6, depth=2), ['blocks.0.conv1', 'blocks.0.shortcut'])])
+def test_another_first_convolution_decides_on_the_channels(name, args, firsts, inference_mode):
+    model = timm.create_model(name, **args, inference_mode=inference_mode).eval()
+    shape = (33,) if name == 'smpconv_tcn_ct' else (32, 40)
+    assert model.in_chans == 3
+    for first in firsts:
+        old = model.get_submodule(first)
+        new = nn.Conv1d(8, 6, 1) if len(shape) == 1 else nn.Conv2d(
+            8, getattr(old, 'out_channels', 4), 3, getattr(old, 'stride', 1), padding=1)
+        model.set_submodule(first, new)
+    assert model(torch.randn(2, 8, *shape)).isfinite().all() and model.in_chans == 8
+    features = timm.models.FeatureListNet(copy.deepcopy(model), out_indices=(0,), flatten_sequential=True)
+    assert features(torch.randn(2, 8, *shape))[0].shape[0] == 2
+    with pytest.raises((ValueError, RuntimeError), match='8'):
+        model(torch.randn(2, 3, *shape))
+    if len(shape) == 2:
+        with pytest.raises(ValueError, match=r'x must be \(B, 8, H, W\)'):
+            model(torch.randn(2, 3, *shape))
+    if not inference_mode:
+        assert reparameterize_model(model)(torch.randn(2, 8, *shape)).isfinite().all()
 
 
 def test_bad_output_format(model, images):

@@ -388,10 +388,10 @@ def test_dropout_acts_in_training_only(name):
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: small('smpconv_tcn_smnist')(torch.zeros(3, 24)), r'x must be \(B, 3, L\) or .*got shape \[3, 24\]'),
-    (lambda: small('smpconv_tcn_smnist')([0.]), r'x must be a tensor of shape \(B, 3, L or H, W\), got list'),
-    (lambda: small('smpconv_tcn_smnist')(torch.zeros(1, 1, 4, 6)), r'x must be .* got shape \[1, 1, 4, 6\]'),
-    (lambda: small('smpconv_tcn_smnist')(torch.zeros(1, 2, 24)), r'x must be \(B, 3, L\) or .*got shape \[1, 2, 24\]'),
+    (lambda: small('smpconv_tcn_smnist')(torch.zeros(3, 24)), r'x must be \(B, C, L\) or .*got shape \[3, 24\]'),
+    (lambda: small('smpconv_tcn_smnist')([0.]), r'x must be a tensor of shape \(B, C, L\) .*, got list'),
+    (lambda: small('smpconv_tcn_smnist')(torch.zeros(1, 1, 4, 6)), r'x must be .* got shape \[1, 1, 24\]'),
+    (lambda: small('smpconv_tcn_smnist')(torch.zeros(1, 2, 24)), r'x must be \(B, 3, L\) with .*got .*\[1, 2, 24\]'),
     (lambda: small('smpconv_tcn_smnist')(torch.zeros(1, 3, 0)), 'from 1 to seq_len = 24 samples'),
     (lambda: small('smpconv_tcn_smnist')(torch.zeros(1, 3, 25)), r'seq_len = 24 samples, got shape \[1, 3, 25\]'),
     (lambda: small('smpconv_tcn_pmnist')(torch.zeros(1, 3, 23)), r'must have seq_len = 24 samples, .*\[1, 3, 23\]'),

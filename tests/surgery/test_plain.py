@@ -17,6 +17,7 @@ import torch.nn as nn
 from captum.attr._utils.lrp_rules import EpsilonRule, IdentityRule
 from conftest import TOLERANCE, difference, small_model, wake_weights
 from timm.utils import reparameterize_model
+from torch.nn.utils import prune
 
 from timm_smpconv import RepSMPConv2d, SMPConv1d, SMPConv2d, to_plain
 from timm_smpconv.layers.heads import SelectSequencePool
@@ -276,3 +277,15 @@ def test_pt2e():
     for node in convolutions:
         assert all('dequantize_per' in str(source.target) for source in node.args[:2]), node
     assert difference(quantized(images), plain(images)) < 0.1
+
+
+@pytest.mark.parametrize('add, message', [
+    (lambda m: prune.l1_unstructured(m, 'weight', 0.5), r'the forward pre-hook L1Unstructured \(prune.remove'),
+    (lambda m: m.register_forward_hook(lambda *args: None), r'the forward hook <lambda> \(handle.remove'),
+    (nn.utils.parametrizations.weight_norm, r'a parametrization \(parametrize.remove_parametrizations')])
+@pytest.mark.parametrize('where', ['stages.1.blocks.0.pw1', 'stem.1.conv', 'head.norm.conv'])
+def test_what_would_be_lost_is_refused(add, message, where):
+    merged = reparameterize_model(small_model())
+    add(merged.get_submodule(where))
+    with pytest.raises(ValueError, match=f'model must be as it was merged, got {where} with {message}'):
+        to_plain(merged)

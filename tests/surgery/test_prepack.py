@@ -321,3 +321,13 @@ def test_one_layer_models():
         assert difference(prepack(layer.fuse(), x)(x), layer(x)) < TOLERANCE[torch.float32]
         norm = ConvNorm(torch.nn.Conv2d(24, 24, 1)).eval()
         assert difference(prepack(norm.fuse(), x)(x), norm(x)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize('name,args,shape', [
+    ('smpconv_mobile31', dict(kernel_sizes=(9, 7, 7, 5), dims=(8,) * 4), (0, 3, 64, 64)),
+    ('smpconv_resnet_cifar10', dict(dims=(4,), kernel_size=9), (0, 3, 16, 16)),
+    ('smpconv_tcn_ct', dict(depth=1), (0, 3, 182)), ('smpconv_tcn_pmnist', dict(depth=1), (0, 1, 28, 28))])
+def test_an_empty_batch_measures_nothing(name, args, shape):
+    model = timm.create_model(name, **args, inference_mode=True).eval()
+    images = torch.zeros(shape)
+    assert prepack(model, images)(images).shape == (0, model.num_classes)

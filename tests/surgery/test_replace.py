@@ -457,8 +457,6 @@ def test_convnext_goes_on_merges_and_trains():
     assert not any(isinstance(m, SMPConv2d) for m in merged.modules())
     optimizer = timm.optim.create_optimizer_v2(model.train(), opt='smpadamw', lr=1e-2, weight_decay=0.05)
     points = [m.kernel for m in model.modules() if isinstance(m, SMPConv2d)]
-    radii = {id(p) for group in optimizer.param_groups if 'radius_range' in group for p in group['params']}
-    assert radii == {id(kernel.radius) for kernel in points}
     before = [kernel.coords.clone() for kernel in points]
     F.cross_entropy(model(x), torch.tensor([0, 3])).backward()
     optimizer.step()

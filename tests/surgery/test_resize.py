@@ -272,13 +272,13 @@ def test_a_resized_sequence_network_loads_after_merging():
     args = dict(in_chans=1, num_classes=4, depth=1, dim=6)
     net = timm.create_model('smpconv_tcn_ct', seq_len=50, kernel_size=41, **args).eval()
     resize_kernels(net, scale=0.15)
-    assert (net.seq_len, net.kernel_length) == (8, 41)  # 49 * 6 / 40 = 7.35 steps
+    assert (net.seq_len, net.kernel_length) == (8, 41)  # 50 * 6 / 40 = 7.5
     resize_kernels(net, scale=1)
     assert net.seq_len == net.stem.seq_len == 50
     resize_kernels(net, scale=3)
-    assert net.seq_len == 148
-    merged, x = reparameterize_model(net), torch.randn(2, 1, 148)
-    rebuilt = timm.create_model('smpconv_tcn_ct', seq_len=148, kernel_size=121, inference_mode=True, **args).eval()
+    assert net.seq_len == 150
+    merged, x = reparameterize_model(net), torch.randn(2, 1, 150)
+    rebuilt = timm.create_model('smpconv_tcn_ct', seq_len=150, kernel_size=121, inference_mode=True, **args).eval()
     rebuilt.load_state_dict(merged.state_dict())
     assert torch.equal(rebuilt(x), merged(x))
     assert merged.kernel_length == 121 and net.kernel_length == 41
@@ -290,7 +290,14 @@ def test_each_sequence_network_is_resized_by_its_own_kernels():
     nets = nn.ModuleList(
         timm.create_model('smpconv_tcn_ct', depth=1, dim=6, seq_len=seq_len) for seq_len in (41, 81))
     resize_kernels(nets, kernel_sizes={41: 61, 81: 41})
-    assert [net.seq_len for net in nets] == [61, 41]
+    assert [net.seq_len for net in nets] == [62, 41]
+
+
+@pytest.mark.parametrize('name,seq_len', [('smpconv_tcn_ct', 182), ('smpconv_tcn_smnist', 784)])
+def test_a_scale_of_two_takes_twice_the_samples(name, seq_len):
+    net = resize_kernels(timm.create_model(name, depth=1, dim=6).eval(), scale=2)
+    assert net.seq_len == 2 * seq_len and kernel_sizes(net) == [(2 * seq_len - 1,)] * 2
+    assert net(torch.randn(1, net.in_chans, 2 * seq_len)).isfinite().all()
 
 
 REFUSED = [

@@ -323,11 +323,13 @@ def test_the_learning_rate_is_the_authors(lr, batches, epochs, warmup):
     configured = module.configure_optimizers()
     optimizer, scheduler = configured['optimizer'], configured['lr_scheduler']['scheduler']
     assert configured['lr_scheduler']['interval'] == 'step' and module.min_lr == 1e-6
-    assert any('radius_lr_scale' in group for group in optimizer.param_groups)
+    radii = {id(p) for name, p in module.model.named_parameters() if name.endswith('.radius')}
     for update, (rate, _, radius_rate) in enumerate(authors_rates(lr, warmup * batches, epochs * batches)):
         for group in optimizer.param_groups:
-            expected = radius_rate if 'radius_lr_scale' in group else rate
-            assert group['lr'] * group.get('radius_lr_scale', 1) == pytest.approx(expected, rel=1e-9), update
+            of_radii = [id(p) in radii for p in group['params']]
+            assert all(of_radii) or not any(of_radii)
+            expected, scale = (radius_rate, group['radius_lr_scale']) if any(of_radii) else (rate, 1)
+            assert group['lr'] * scale == pytest.approx(expected, rel=1e-9), update
         optimizer.step()
         scheduler.step()
 

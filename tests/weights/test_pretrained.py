@@ -13,6 +13,22 @@ from timm.utils import reparameterize_model
 from timm_smpconv.weights.hub import file_sha256
 
 
+def test_a_features_only_model_says_what_loads(file, model, caplog):
+    """`create_model(…, checkpoint_path=FILE)` loads into timm's wrapper, whose names are others."""
+    features = small_model(features_only=True, shake=False)
+    with pytest.raises(RuntimeError, match='Missing key'):
+        load_checkpoint(features, file)
+    assert 'pretrained=True, pretrained_cfg_overlay=dict(file=FILE)' in caplog.text
+    caplog.clear()
+    features.load_state_dict(small_model(features_only=True).state_dict())
+    for kind in ('getter', 'fx'):
+        small_model(features_only=True, feature_cls=kind).load_state_dict(
+            small_model(features_only=True, feature_cls=kind).state_dict())
+    assert 'pretrained_cfg_overlay' not in caplog.text
+    works = load_small(dict(file=file), features_only=True)
+    assert torch.equal(works.stages_0.blocks[0].norm.weight, model.stages[0].blocks[0].norm.weight)
+
+
 @pytest.fixture
 def said(caplog):
     """The warnings about classifiers that were logged so far."""

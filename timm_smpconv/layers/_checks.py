@@ -11,24 +11,29 @@ import torch.nn as nn
 from timm.layers import to_2tuple
 
 __all__ = [
-    'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences', 'forward_of',
-    'odd_sizes', 'single']
+    'added_to', 'check_images', 'check_length', 'check_odd', 'check_padding', 'check_points', 'check_sequences',
+    'forward_of', 'input_channels', 'odd_sizes', 'single']
 
 _int_or_pair = Union[int, Tuple[int, int]]
+
+_REMOVERS = {  # of hooks, by the module of their class
+    'torch.nn.utils.prune': 'prune.remove', 'torch.nn.utils.weight_norm': 'remove_weight_norm',
+    'torch.nn.utils.spectral_norm': 'remove_spectral_norm'}
 
 
 @torch.fx.wrap
 def check_images(x: torch.Tensor, channels: int, least: int = 1) -> None:
     """Raise an error unless x is (B, channels, H, W), floating point, with H and W at least `least`.
 
-    One node in an FX graph, and nothing in a trace.
+    0 stands for any number of channels. One node in an FX graph, and nothing in a trace.
     """
     if torch.jit.is_tracing():
         return
+    c = str(channels) if channels > 0 else 'C'
     if not torch.jit.is_scripting() and not isinstance(x, torch.Tensor):
-        raise TypeError(f'x must be a tensor of shape (B, {channels}, H, W), got {type(x).__name__}')
-    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] < least or x.shape[3] < least:
-        raise ValueError(f'x must be (B, {channels}, H, W) with H and W at least {least}, got shape {list(x.shape)}')
+        raise TypeError(f'x must be a tensor of shape (B, {c}, H, W), got {type(x).__name__}')
+    if x.ndim != 4 or (channels > 0 and x.shape[1] != channels) or x.shape[2] < least or x.shape[3] < least:
+        raise ValueError(f'x must be (B, {c}, H, W) with H and W at least {least}, got shape {list(x.shape)}')
     if not x.is_floating_point():
         raise TypeError(f'x must be floating point, got {x.dtype}')
 
@@ -124,6 +129,32 @@ def single(name: str, value: Any) -> int:
     return values[0]
 
 
+def input_channels(module: nn.Module) -> int:
+    """The channels that the first convolution in a module takes; 0 if it has none."""
+    for part in module.modules():
+        channels: Any = getattr(part, 'in_channels', 0)
+        if channels:
+            return channels
+    return 0
+
+
 def forward_of(module: nn.Module) -> Any:
     """The function behind the method `forward` of a module; None if it is not a method."""
     return getattr(module.forward, '__func__', None)
+
+
+def added_to(module: nn.Module) -> str:
+    """What makes a call of a module compute something else than the `forward` of its class; '' if nothing does.
+
+    Backward hooks do not. Parametrizations change parameters, which whoever reads them gets.
+    """
+    for kind, hooks in (('pre-hook', module._forward_pre_hooks), ('hook', module._forward_hooks)):
+        for hook in hooks.values():
+            remover = _REMOVERS.get(type(hook).__module__, 'handle.remove')
+            return f'the forward {kind} {getattr(hook, "__name__", type(hook).__name__)} ({remover} removes it)'
+    if hasattr(module, '_orig_mod'):
+        return 'torch.compile around it (compile the merged model)'
+    if forward_of(module) is not type(module).forward:
+        remover = 'accelerate.hooks.remove_hook_from_module' if hasattr(module, '_hf_hook') else 'del module.forward'
+        return f'another forward assigned ({remover} removes it)'
+    return ''

@@ -3,8 +3,10 @@
 Shapes: C channels, K kernel size, O and I output and input channels. A kernel has one or two axes.
 
 Everything is computed in float64 where the device supports that. A module is recognised by its `forward` method, not by
-its class: a subclass that overrides it, or an instance to which another one was assigned, may compute something else
-and is refused with a `MergeError`. Merging folds what a module computes in evaluation mode, whatever its mode is.
+its class: a subclass that overrides it, an instance to which another one was assigned, or one with forward hooks may
+compute something else and is refused with a `MergeError`. Kernels are rendered by a call, with their hooks, and
+parametrizations compute the parameters that are read. Merging folds what a module computes in evaluation mode, whatever
+its mode is.
 """
 from copy import deepcopy
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
@@ -13,15 +15,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]  # torchvision carries no type hints
 
 from .._errors import DataError
-from ._checks import forward_of
+from ._checks import added_to, forward_of
 from .merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
 
 __all__ = [
-    'Convolution', 'MergeError', 'absorb', 'add_small', 'affine', 'exact', 'forward_of', 'merge', 'merge_parts',
-    'refused', 'values', 'with_norm']
+    'Convolution', 'MergeError', 'absorb', 'add_small', 'added_to', 'affine', 'check_forward', 'exact', 'forward_of',
+    'merge', 'merge_parts', 'refused', 'values', 'with_norm']
 
 _NORM_FORWARDS = (  # BatchNorm1d and BatchNorm2d have the same one
     nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNormAct2d.forward, SyncBatchNormAct.forward,
@@ -84,8 +87,25 @@ def merge_parts(module: nn.Module) -> None:
 
 def refused(module: nn.Module, path: str, rule: str) -> MergeError:
     """The error for a part that breaks a rule of merging."""
-    kind = type(module).__name__
+    kind, room = type(module).__name__, type(module).__module__
+    if not room.startswith(('torch.', 'timm')):  # an adapter's class may be another Conv2d
+        kind = f'{room}.{kind}'
     return MergeError(kind, f'{rule} to be merged, got {kind}({module.extra_repr()})', path)
+
+
+def check_added(module: nn.Module, path: str) -> None:
+    """Raise a `MergeError` if calls of a part compute more than its `forward`."""
+    kind, added = type(module).__name__, added_to(module)
+    if added:
+        raise MergeError(kind, f'must compute what its class does to be merged, got {kind} with {added}', path)
+
+
+def check_forward(module: nn.Module, path: str, *kinds: Any) -> None:
+    """Raise a `MergeError` unless calls of a part compute what `forward` of one of these classes does."""
+    check_added(module, path)
+    if forward_of(module) not in [kind.forward for kind in kinds]:
+        names = ' or '.join(f'{"an" if kind.__name__[0] in "AEIOU" else "a"} {kind.__name__}' for kind in kinds)
+        raise refused(module, path, f'must be {names}')
 
 
 class Convolution(NamedTuple):
@@ -161,13 +181,17 @@ def values(conv: Any, kinds: Sequence[Any], path: str) -> Convolution:
     Raises:
         MergeError: It is not such a convolution.
     """
+    check_added(conv, path)
     kind = next((kind for kind in kinds if kind.forward is forward_of(conv)), None)
     plain = kind is not None and getattr(conv, 'padding_mode', 'zeros') == 'zeros' and (
         not isinstance(conv.padding, str) and getattr(conv, 'activation', 'none') == 'none')
     if not plain:
         raise refused(conv, path, 'must be an SMPConv1d, SMPConv2d, nn.Conv1d or nn.Conv2d padded with zeros')
-    weight = conv.render() if hasattr(kind, 'render') else conv.weight
-    return Convolution(conv, exact(weight), None if conv.bias is None else exact(conv.bias))
+    parts = conv
+    if conv.training and any(is_parametrized(part) for part in conv.modules()):
+        parts = deepcopy(conv).eval()  # some parametrizations change in training mode when they compute
+    weight = parts.render() if hasattr(kind, 'render') else parts.weight
+    return Convolution(conv, exact(weight), None if parts.bias is None else exact(parts.bias))
 
 
 def with_norm(conv: Convolution, norm: nn.Module, path: str) -> Convolution:
@@ -203,14 +227,15 @@ def affine(
         device: Optional[torch.device] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift, (C,) each, that a BatchNorm applies in evaluation mode, in the merging precision."""
+    check_added(norm, path)
     if forward_of(norm) is nn.Identity.forward:
         return exact(torch.ones(channels, device=device)), exact(torch.zeros(channels, device=device))
     if forward_of(norm) not in _NORM_FORWARDS:
         raise refused(norm, path, 'must be a BatchNorm or an Identity')
     for name in ('drop', 'act'):
         part = getattr(norm, name, None)
-        if part is not None and forward_of(part) is not nn.Identity.forward:
-            raise refused(part, f'{path}.{name}', 'must be an Identity')
+        if part is not None:
+            check_forward(part, f'{path}.{name}', nn.Identity)
     if norm.running_var is None:
         raise refused(norm, path, 'must have running statistics')
     scale = (exact(norm.running_var) + norm.eps).rsqrt()
@@ -223,6 +248,8 @@ def affine(
 def absorb(module: nn.Module, act: nn.Module) -> nn.Module:
     """Let a `MergedConv2d` compute `act` if it can; returns the activation that is left to do."""
     activation = None
+    if added_to(act):
+        return deepcopy(act)
     if forward_of(act) is nn.ReLU.forward:
         activation = 'relu'
     elif isinstance(act, nn.GELU) and forward_of(act) is nn.GELU.forward and act.approximate == 'none':

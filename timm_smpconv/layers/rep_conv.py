@@ -15,7 +15,7 @@ from timm.layers import DropPath
 
 from . import _folding
 from ._checks import odd_sizes
-from ._folding import Convolution, absorb, affine, forward_of, merge, refused
+from ._folding import Convolution, absorb, added_to, affine, check_forward, forward_of, merge, refused
 from .merged import MergedBlock, MergedConv1d, MergedConv2d, MergedLargeConv2d
 from .small_conv import CausalConv1d, DepthwiseConv2d
 from .smp_conv import SMPConv1d, SMPConv2d, _SMPConv
@@ -54,7 +54,7 @@ class ConvNorm(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         conv = _folded_conv_norm(self, '').build()
-        if isinstance(self.act, nn.Identity):
+        if isinstance(self.act, nn.Identity) and not added_to(self.act):
             return conv
         merged = nn.Sequential(OrderedDict(conv=conv, act=deepcopy(self.act)))
         merged.training = False  # the activation keeps its mode
@@ -115,6 +115,7 @@ class RepConv(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
+        check_forward(self, '', RepConv)
         return _folding.add_small(_folded(self.large, 'large'), _folded(self.small, 'small')).build()
 
 
@@ -256,8 +257,7 @@ def merged_block(
     Raises:
         MergeError: One of these cannot be folded exactly.
     """
-    if forward_of(block.drop_path) not in (DropPath.forward, nn.Identity.forward):
-        raise refused(block.drop_path, 'drop_path', 'must be a DropPath or an Identity')
+    check_forward(block.drop_path, 'drop_path', DropPath, nn.Identity)
     pw1, pw2 = _folded(block.pw1, 'pw1'), _folded(block.pw2, 'pw2')
     if not pw1.is_pointwise():
         raise refused(pw1.like, 'pw1', 'must be a 1×1 convolution with stride 1 and without groups')
@@ -286,11 +286,11 @@ def _folded(module: Any, path: str) -> Convolution:
     """The convolution that equals a convolution or a `ConvNorm` without activation."""
     if forward_of(module) is not ConvNorm.forward:
         return _folding.values(module, _CONVOLUTIONS, path)
-    if forward_of(module.act) is not nn.Identity.forward:
-        raise refused(module.act, f'{path}.act', 'must be an Identity')
+    check_forward(module.act, f'{path}.act', nn.Identity)
     return _folded_conv_norm(module, f'{path}.')
 
 
 def _folded_conv_norm(module: ConvNorm, prefix: str) -> Convolution:
+    check_forward(module, prefix.rstrip('.'), ConvNorm)
     conv = _folding.values(module.conv, _CONVOLUTIONS, f'{prefix}conv')
     return _folding.with_norm(conv, module.bn, f'{prefix}bn')

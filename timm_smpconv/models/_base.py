@@ -2,6 +2,8 @@
 
 Shapes: B batch, C channels, H and W height and width, L length.
 """
+import logging
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Type, Union
 
@@ -10,12 +12,15 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, checkpoint_seq
 
+from ..layers._checks import input_channels
 from ..layers.smp_kernel import SMPKernel
 from ..ops import requested_backend, use_backend
 from ..weights.checkpoint import checkpoint_filter_fn
 from ..weights.hub import AUTHORS, prepare_pretrained
 
 __all__ = ['SMPNet', 'build', 'checkpoint_blocks', 'feature_take_indices', 'model_cfg']
+
+_logger = logging.getLogger(__name__)
 
 
 class SMPNet(nn.Module):
@@ -31,6 +36,7 @@ class SMPNet(nn.Module):
     levels = 'blocks'
     input_weights: Tuple[str, ...] = ()
     output_fmt = 'NCHW'
+    __jit_unused_properties__ = ('in_chans',)
     pretrained_cfg: Dict[str, Any]  # set by timm's builder
     if TYPE_CHECKING:  # TorchScript would read these
         stem: nn.Module
@@ -46,6 +52,11 @@ class SMPNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.grad_checkpointing = False
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the input: what the first convolution takes."""
+        return input_channels(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -228,4 +239,15 @@ def build(
         **kwargs,
     )
     model.pretrained_cfg.pop('state_dict', None)
+    if not isinstance(model, model_cls):  # timm's features_only
+        model.register_load_state_dict_pre_hook(_name_what_loads)
     return model
+
+
+def _name_what_loads(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+    """A hook of loading, for models of features: their names, `stages_0`, are not those of the whole network."""
+    whole = any(re.match(rf'{re.escape(prefix)}(stages|blocks)\.\d', key) for key in state_dict)
+    if whole and not hasattr(model, 'stages') and not hasattr(model, 'blocks'):
+        _logger.warning(
+            'These are weights of the whole network, which do not load into a model of its features. To load a file, '
+            'use create_model(..., features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file=FILE))')

@@ -12,7 +12,7 @@ import torch.fx
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers._checks import check_images
+from ..layers._checks import check_images, input_channels
 from ..layers._folding import merge_parts
 from ..layers.heads import ClassifierHead
 from ..layers.merged import MergedLargeConv2d, reset_convolution
@@ -28,9 +28,8 @@ torch.fx.wrap('check_images')  # FX wraps a function in one module at a time
 class ResNetStem(nn.Module):
     """The check of the network's input, dropout, a large kernel and ReLU; (B, in_chans, H, W) → (B, dim, H, W)."""
 
-    def __init__(self, in_chans: int, input_drop_rate: float, conv1: nn.Module):
+    def __init__(self, input_drop_rate: float, conv1: nn.Module):
         super().__init__()
-        self.in_chans = in_chans
         self.drop = nn.Dropout(input_drop_rate)
         self.conv1 = conv1
         self.act = nn.ReLU(inplace=True)
@@ -40,7 +39,10 @@ class ResNetStem(nn.Module):
         merge_parts(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_images(x, self.in_chans)
+        if torch.jit.is_scripting():
+            check_images(x, 0)
+        else:
+            check_images(x, input_channels(self))
         return self.act(self.conv1(self.drop(x)))
 
 
@@ -120,7 +122,6 @@ class SMPResNet(SMPNet):
         for name, rate in (('drop_rate', drop_rate), ('input_drop_rate', input_drop_rate)):
             if not 0 <= rate < 1:
                 raise ValueError(f'{name} must be at least 0 and below 1, got {rate}')
-        self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.num_features = dims[-1]
@@ -133,7 +134,7 @@ class SMPResNet(SMPNet):
                 in_dim, dim, kernel_size, small_kernel, conv_bias, small_bias, points=points, radius=radius,
                 radius_range=radius_range, **dd)
 
-        self.stem = ResNetStem(in_chans, input_drop_rate, conv(in_chans, dims[0], small_bias=True))
+        self.stem = ResNetStem(input_drop_rate, conv(in_chans, dims[0], small_bias=True))
         self.blocks = nn.Sequential(*[
             ResNetBlock(
                 conv(in_dim, dim), conv(dim, dim),

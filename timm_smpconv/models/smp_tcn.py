@@ -26,8 +26,8 @@ __all__ = ['SMPTCN']
 
 
 @torch.fx.wrap
-def read_sequences(x: torch.Tensor, channels: int, longest: int, exact: bool) -> torch.Tensor:
-    """Sequences, (B, channels, L), as they are, and images, (B, channels, H, W), row by row.
+def read_sequences(x: torch.Tensor, longest: int, exact: bool) -> torch.Tensor:
+    """Sequences, (B, C, L), as they are, and images, (B, C, H, W), row by row.
 
     One node in an FX graph.
 
@@ -38,9 +38,9 @@ def read_sequences(x: torch.Tensor, channels: int, longest: int, exact: bool) ->
     if torch.jit.is_tracing():
         return x.flatten(2)
     if not torch.jit.is_scripting() and not isinstance(x, torch.Tensor):
-        raise TypeError(f'x must be a tensor of shape (B, {channels}, L or H, W), got {type(x).__name__}')
-    if x.ndim not in (3, 4) or x.shape[1] != channels:
-        raise ValueError(f'x must be (B, {channels}, L) or (B, {channels}, H, W), got shape {list(x.shape)}')
+        raise TypeError(f'x must be a tensor of shape (B, C, L) or (B, C, H, W), got {type(x).__name__}')
+    if x.ndim not in (3, 4):
+        raise ValueError(f'x must be (B, C, L) or (B, C, H, W), got shape {list(x.shape)}')
     shape = list(x.shape)
     x = x.flatten(2)
     if exact and x.shape[2] != longest:
@@ -66,7 +66,6 @@ class SequenceStem(nn.Module):
 
     def __init__(
             self,
-            in_chans: int,
             seq_len: int,
             kernel_length: int,
             permuted: bool,
@@ -74,7 +73,6 @@ class SequenceStem(nn.Module):
             device=None,
     ):
         super().__init__()
-        self.in_chans = in_chans
         self.seq_len = seq_len
         self.trained_length = kernel_length
         self.built_seq_len = seq_len
@@ -107,7 +105,8 @@ class SequenceStem(nn.Module):
             kernel_length: That at which the kernels are rendered.
         """
         self.kernel_length_now = kernel_length
-        self.seq_len = round((self.built_seq_len - 1) * (kernel_length - 1) / (self.trained_length - 1)) + 1
+        longer = (kernel_length - 1) / (self.trained_length - 1)
+        self.seq_len = max(round(self.built_seq_len * longer), kernel_length)
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -116,7 +115,7 @@ class SequenceStem(nn.Module):
         self.kernel_length.fill_(self.kernel_length_now)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = read_sequences(x, self.in_chans, self.seq_len, self.permutation is not None)
+        x = read_sequences(x, self.seq_len, self.permutation is not None)
         permutation = self.permutation
         if permutation is not None:
             x = x[:, :, permutation]
@@ -235,7 +234,6 @@ class SMPTCN(SMPNet):
         for name, rate in (('drop_rate', drop_rate), ('input_drop_rate', input_drop_rate)):
             if not 0 <= rate < 1:
                 raise ValueError(f'{name} must be at least 0 and below 1, got {rate}')
-        self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.num_features = dim
@@ -247,7 +245,7 @@ class SMPTCN(SMPNet):
                 in_dim, dim, length, small_kernel, conv_bias, points=points, radius=radius, radius_range=radius_range,
                 **dd)
 
-        self.stem = SequenceStem(in_chans, seq_len, length, permuted, input_drop_rate, device)
+        self.stem = SequenceStem(seq_len, length, permuted, input_drop_rate, device)
         self.blocks = nn.Sequential(*[
             TCNBlock(
                 conv(in_dim), conv(dim), nn.Identity() if in_dim == dim else nn.Conv1d(in_dim, dim, 1, **dd),

@@ -17,8 +17,8 @@ import torch.nn as nn
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers._checks import check_images, odd_sizes
-from ..layers._folding import merge_parts
+from ..layers._checks import check_images, input_channels, odd_sizes
+from ..layers._folding import check_forward, merge_parts
 from ..layers.heads import NormClassifierHead
 from ..layers.merged import MergedBlock, MergedConv2d
 from ..layers.rep_conv import ConvNorm, RepSMPConv2d, dilated_size, merged_block
@@ -63,6 +63,7 @@ class SMPBlock(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The `MergedBlock` that computes the same."""
+        check_forward(self, '', SMPBlock)
         return merged_block(self, self.act1, self.dwconv, self.act2)
 
     @staticmethod
@@ -106,6 +107,7 @@ class FeedForward(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The `MergedBlock` that computes the same."""
+        check_forward(self, '', FeedForward)
         return merged_block(self, self.act, nn.Identity().eval(), nn.Identity().eval())
 
     @staticmethod
@@ -124,16 +126,15 @@ class FeedForward(nn.Module):
 class SMPStem(nn.ModuleList):
     """The check of the network's input, and layers that follow each other."""
 
-    def __init__(self, in_chans: int, layers: Iterable[nn.Module]):
-        super().__init__(layers)
-        self.in_chans = in_chans
-
     def reparameterize(self) -> None:
         """Merge all parts in place, or none."""
         merge_parts(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_images(x, self.in_chans, 32)
+        if torch.jit.is_scripting():
+            check_images(x, 0, 32)
+        else:
+            check_images(x, input_channels(self), 32)
         for layer in self:
             x = layer(x)
         return x
@@ -264,13 +265,12 @@ class SMPConvNet(SMPNet):
             raise ValueError(f'drop_path_rate must be at least 0 and below 1, got {drop_path_rate}')
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
-        self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.num_features = dims[-1]
 
         layer = partial(_conv_norm_relu, inference_mode=inference_mode, device=device, dtype=dtype)
-        self.stem = SMPStem(in_chans, [
+        self.stem = SMPStem([
             layer(in_chans, dims[0], 3, stride=2),
             layer(dims[0], dims[0], 3, groups=dims[0]),
             layer(dims[0], dims[0], 1),

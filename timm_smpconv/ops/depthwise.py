@@ -38,7 +38,8 @@ def depthwise_conv2d(
             the backend set by `use_backend`, otherwise to the one expected to be the fastest on CPUs, see
             `dispatch.costs`; on CUDA with `torch.backends.cudnn.benchmark` to the one found to be the fastest, see
             `dispatch.race`; else to 'native'. The errors of 'fft' are relative to the largest value of each plane
-            (H, W); on CPUs it is never selected where that matters. Exact zeros in a weight gradient are exact in all
+            (H, W); on CPUs it is not selected for planes with a peak of more than 64 times the mean magnitude of their
+            other nonzero values. Exact zeros in a weight gradient are exact in all
             backends; those in the output and in the input gradient are rounding noise with 'fft'.
 
     Returns:

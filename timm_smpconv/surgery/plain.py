@@ -6,10 +6,15 @@ from copy import deepcopy
 from typing import Any, cast
 
 import torch.nn as nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from ..layers._checks import added_to, forward_of
+from ..layers.merged import MergedBlock, MergedConv1d, MergedConv2d, MergedLargeConv2d
 from ..layers.smp_kernel import SMPKernel
 
 __all__ = ['to_plain']
+
+_MERGED = (MergedBlock, MergedConv1d, MergedConv2d, MergedLargeConv2d)
 
 
 def to_plain(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -22,6 +27,9 @@ def to_plain(model: nn.Module, inplace: bool = False) -> nn.Module:
     checkpoint loads. The logits are the same up to rounding. The result is slower, with large kernels several times:
     for inference in PyTorch keep the merged model.
 
+    Call it before you add adapters (LoRA), too. Adapters on a merged convolution act behind its activation, of which
+    they do not know, but in front of it once they are merged into its weight: the logits then differ.
+
     A convolution outside this package's networks becomes an `nn.Sequential` with the children `conv` and `act` if it
     has an activation, or `pad` and `conv` if it is causal.
 
@@ -33,7 +41,7 @@ def to_plain(model: nn.Module, inplace: bool = False) -> nn.Module:
         The model. A merged convolution or block itself is replaced in either case.
 
     Raises:
-        ValueError: A part of the model is not merged.
+        ValueError: A part of the model is not merged, or would lose hooks or a parametrization.
 
     Example:
         >>> import timm, timm_smpconv
@@ -52,6 +60,13 @@ def to_plain(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise ValueError(
             f'model must be merged (timm.utils.reparameterize_model), got {type(model).__name__} with the kernel '
             f'{kernels[0] or type(model).__name__}')
+    for name, module in model.named_modules():
+        if isinstance(module, _MERGED) and forward_of(module) is type(module).forward:
+            added = added_to(module)
+            if is_parametrized(module):
+                added = 'a parametrization (parametrize.remove_parametrizations removes it)'
+            if added:
+                raise ValueError(f'model must be as it was merged, got {name or type(module).__name__} with {added}')
     return _convert(model if inplace else deepcopy(model))
 
 

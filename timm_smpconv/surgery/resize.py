@@ -27,7 +27,8 @@ def resize_kernels(
     `create_model` and before merging or compiling it. Its other layers then get denser maps than in training: compute
     the BatchNorm statistics again, as docs/kernel-size.md shows, or continue the training.
 
-    A sequence network takes sequences that are longer or shorter in the same proportion.
+    A sequence network takes sequences of as many times as many samples: 2 × 784 for a scale of 2. Its kernels then have
+    2 × 783 + 1 samples.
 
     Args:
         model: Has `SMPConv2d` or `SMPConv1d` modules. It is changed in place.

@@ -5,7 +5,8 @@ Shapes: B batch, C channels, H and W height and width, KH and KW height and widt
 The cost hardly depends on the kernel's size. Errors are relative to the largest value of the whole plane, not of the
 window under the kernel: far from a pixel 10⁶ times larger than the others the output is wrong by 1.8e-3 where a direct
 convolution is wrong by 1.3e-6. One Inf or NaN spoils its whole plane (H, W), and magnitudes near the largest of the
-dtype overflow. `is_accurate` and `is_in_range` say where this does not matter.
+dtype overflow. `is_accurate` finds planes with a peak, not those of which a whole part is large; `is_in_range` and it
+find what would overflow.
 """
 import math
 from typing import Any, Iterator, Optional, Tuple
@@ -79,7 +80,7 @@ def gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Tupl
 
 
 def is_accurate(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `conv` is about as accurate as a direct convolution: see the top of this file."""
+    """Whether no plane has a peak that drowns the rest of it, and nothing overflows: see the top of this file."""
     # Not by norms: of infinite order they take 20 times as long as extrema (torch 2.14).
     dtype = torch.promote_types(x.dtype, torch.float32)
     peak = torch.maximum(x.amax((2, 3)), -x.amin((2, 3))).to(dtype)  # (B, C)

@@ -16,6 +16,7 @@ import math
 from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 
 from .fft import PEAK, fast_length
 from .native import memory_format
@@ -148,7 +149,7 @@ def gradients(
 
 
 def is_accurate(x: torch.Tensor) -> torch.Tensor:
-    """Where `conv` is about as accurate as a direct convolution, (B,): see the top of `fft`."""
+    """Which images or sequences have no peak that drowns the rest, (B,): see the top of `fft`."""
     flat = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     peak = torch.maximum(flat.amax(1), -flat.amin(1))
     rest = torch.linalg.vector_norm(flat, 1, 1) - peak
@@ -157,6 +158,17 @@ def is_accurate(x: torch.Tensor) -> torch.Tensor:
         return accurate
     others = flat.count_nonzero(1) - 1
     return (peak * others <= PEAK * rest) & peak.isfinite()
+
+
+def largest_seen(x: torch.Tensor, k: int) -> torch.Tensor:
+    """The largest of each sample of x (…, L), at least 0, and the k - 1 samples before it."""
+    n = x.shape[-1]
+    if k >= n:
+        return x.cummax(-1).values
+    # Two blocks of k meet in each window: the largest of the first one's end, and of the second one's beginning.
+    blocks = F.pad(x, (k - 1, -(n - 1) % k)).unflatten(-1, (-1, k))
+    ends, beginnings = blocks.flip(-1).cummax(-1).values.flip(-1).flatten(-2), blocks.cummax(-1).values.flatten(-2)
+    return torch.maximum(ends[..., :n], beginnings[..., k - 1:k - 1 + n])
 
 
 def _clear_unmet(dw: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, before: Sequence[int]) -> None:

@@ -7,9 +7,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
-from timm.optim import create_optimizer_v2
+from timm.optim import param_groups_weight_decay
 from torch.optim.lr_scheduler import LambdaLR
 
+from ...optim import SMPAdam, smp_param_groups
 from ...weights.checkpoint import CheckpointError, checkpoint_filter_fn
 
 __all__ = ['SequenceClassifier', 'rate_factor']
@@ -119,13 +120,14 @@ class SequenceClassifier(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = create_optimizer_v2(self.model, opt='smpadam', lr=self.lr, weight_decay=self.weight_decay)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise ValueError(f'max_epochs must be at least 1, got {self.trainer.max_epochs}')
         updates = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        # The authors' cosine ends at min_lr for radii, too, and the optimizer scales their rate itself.
-        ends = [self.min_lr / group.get('radius_lr_scale', 1.) / self.lr for group in optimizer.param_groups]
+        groups = smp_param_groups(param_groups_weight_decay(self.model, self.weight_decay))
+        # The authors' cosine ends at min_lr for radii, too, and the optimizer scales their steps itself.
+        ends = [self.min_lr / group.get('radius_lr_scale', 1.) / self.lr for group in groups]
+        optimizer = SMPAdam(groups, lr=self.lr)
         optimizer.register_load_state_dict_pre_hook(_keep_options)
         schedule = _Schedule(optimizer, [
             partial(rate_factor, warmup=self.warmup_epochs * updates, total=int(total), end=end) for end in ends])
