@@ -26,7 +26,6 @@ import pytest
 import reference_smp
 import timm
 import torch
-import torch._inductor.config
 import yaml
 from conftest import MODELS, difference, shake_norms, wake_weights
 from huggingface_hub import constants
@@ -167,27 +166,18 @@ def test_weights(run, checkpoint, server, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:Setting (forward, )?backward hooks')  # captum, of what it does
-def test_deployment(run, tmp_path, monkeypatch):
+def test_deployment(run, monkeypatch):
     create = timm.create_model
 
-    def awake(*args, **kwargs):  # initial weights make logits of 1e-8, which NNCF takes as zero
+    def awake(*args, **kwargs):  # initial weights make logits of 1e-8
         return wake_weights(shake_norms(create(*args, **kwargs)))
 
     monkeypatch.setattr(timm, 'create_model', awake)
-    engines = quantized = 0
-    with torch._inductor.config.patch(freezing=False):  # puts back what the page sets
-        for names in run('docs/deployment.md'):
-            if 'plain_logits' in names:
-                assert difference(names.pop('plain_logits'), names['model'](names['image'])) < 1e-4
-            if 'logits' in names:  # AOTInductor, eager, prepacked, compiled, OpenVINO, ONNX Runtime
-                assert difference(names.pop('logits'), names['model'](names['image'])) < 1e-4
-                engines += 1
-            if 'int8_logits' in names:  # OpenVINO, ONNX Runtime, torchao
-                assert difference(names.pop('int8_logits'), names['model'](names['image'])) < 0.1
-                quantized += 1
-        assert (engines, quantized) == (6, 3)
-        image = torch.randn(1, 3, 64, 64)
-        assert difference(names['again'].eval()(image), names['model'](image)) < 1e-5
+    for names in run('docs/deployment.md'):
+        if 'plain_logits' in names:
+            assert difference(names.pop('plain_logits'), names['model'](names['image'])) < 1e-4
+    image = torch.randn(1, 3, 64, 64)
+    assert difference(names['again'].eval()(image), names['model'](image)) < 1e-5
     for name in ('deep_lift', 'guided'):
         assert names[name].isfinite().all() and names[name].any(), name
     assert names['relevance'].shape == names['pixels'].shape  # with random weights it overflows; see test_plain.py
@@ -195,10 +185,6 @@ def test_deployment(run, tmp_path, monkeypatch):
     assert round((names['macs'] + 990 * names['merged'].num_features) / 1e9, 3) == 5.668
     for name in ('found', 'by_module', 'by_operator'):
         assert 1 < names[name] / names['macs'] < 1.15, name  # with biases; of operators also BatchNorms and rendering
-    assert (tmp_path / 'smpconv_tiny.onnx').exists()
-    parameters = sum(p.numel() for p in names['merged'].parameters())
-    for file in ('smpconv_tiny_int8.bin', 'smpconv_tiny_int8.onnx'):  # every weight in a byte, depthwise ones, too
-        assert parameters < (tmp_path / file).stat().st_size < 1.05 * parameters, file
 
 
 @pytest.mark.slow

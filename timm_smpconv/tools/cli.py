@@ -1,6 +1,7 @@
 """The command line: `timm-smpconv` or `python -m timm_smpconv`."""
 import argparse
 import io
+import json
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ from ..models.from_checkpoint import build_network
 from ..training.recipes import recipe_names, recipe_path
 from ..weights import hub
 from . import backend_report
+from .deploy.engines import ENGINES, PRECISIONS
 from .receptive_field import find_images, own_size, read_images, receptive_field, share_table
 from .timm_scripts import find_script, run_script
 
@@ -70,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument(
         '--cache-dir', type=Path, metavar='DIR', help='as that of create_model; by default in HF_HOME')
     weights.set_defaults(run=_weights)
+
+    _add_deploy(commands)
 
     which = commands.add_parser(
         'backends', help='print by what this machine would compute the convolutions of a model, and why')
@@ -130,6 +134,62 @@ def _parser() -> argparse.ArgumentParser:
     sequence.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS')
     sequence.set_defaults(run=_sequence, extra='sequences')
     return parser
+
+
+def _add_deploy(commands: Any) -> None:
+    deploy = commands.add_parser(
+        'deploy', help='merge, export, quantise, compare and measure any model of timm in the engines for CPUs')
+    deploy.add_argument(
+        'model', nargs='?', metavar='MODEL', help='a model of timm, or module:function that returns a network')
+    deploy.add_argument('--out', type=Path, metavar='DIR', help='the folder for the files')
+    deploy.add_argument(
+        '--check', type=Path, metavar='DIR', help='compare and measure the files of DIR again, on this machine')
+    deploy.add_argument('--checkpoint', type=Path, metavar='FILE', help='its weights, by default the initial ones')
+    deploy.add_argument(
+        '--pretrained', action='store_true', help='without --checkpoint: the weights that timm downloads')
+    deploy.add_argument(
+        '--data', type=Path, metavar='FOLDER',
+        help='images to calibrate and measure with: folders train and validation or one folder, of a folder for each '
+        'class, or without labels')
+    deploy.add_argument(
+        '--engines', nargs='+', choices=('torch', *ENGINES), default=[*ENGINES], metavar='ENGINE',
+        help=f'of {", ".join(ENGINES)}, by default all; torch means the five of PyTorch')
+    deploy.add_argument(
+        '--precisions', nargs='+', choices=PRECISIONS,
+        help='by default float32 and bfloat16, and with --data int8')
+    deploy.add_argument(
+        '--batch', type=_integer(1, 1024), nargs='+', metavar='N', help='sizes of the batch, by default 1 16')
+    deploy.add_argument(
+        '--image-size', type=_integer(1, 8192), metavar='N', help="height and width, by default the model's own")
+    deploy.add_argument('--threads', type=_integer(1, 1024), metavar='N', help='by default as many as PyTorch takes')
+    deploy.add_argument(
+        '--calibration', type=_integer(1, 1_000_000), default=300, metavar='N',
+        help='images to calibrate int8 with, default: %(default)s')
+    deploy.add_argument(
+        '--limit', type=_integer(1, 1_000_000), metavar='N',
+        help='images to measure on, by default at most 1,000, and 64 unless the task is classification')
+    deploy.add_argument(
+        '--max-drop', type=float, default=0.5, metavar='PERCENT',
+        help='how much top-1, or without labels the share of the same classes, may drop; default: %(default)s')
+    deploy.add_argument(
+        '--tolerance', type=float, default=1e-4, metavar='X',
+        help='how far outputs in float32 may be off, relative to the largest; default: %(default)s')
+    deploy.add_argument(
+        '--task', choices=('classification', 'segmentation'), default='classification',
+        help='what the outputs are, for their comparison; default: %(default)s')
+    deploy.add_argument('--features', action='store_true', help='deploy a backbone that returns all its maps')
+    deploy.add_argument(
+        '--preprocess', choices=('outside', 'in-graph'), default='outside',
+        help='in-graph: files take pixels in uint8 and normalise them; default: %(default)s')
+    for name in 'mean', 'std':
+        deploy.add_argument(
+            f'--{name}', type=float, nargs='+', metavar='X', help="of each channel, by default the model's own")
+    deploy.add_argument(
+        '--interpolation', choices=('nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming'),
+        help="of resizing, by default the model's own")
+    deploy.add_argument('--crop-pct', type=float, metavar='X', help="as in timm's scripts, by default the model's own")
+    deploy.add_argument('--json', type=Path, metavar='FILE', help='write the report there, too')
+    deploy.set_defaults(run=_deploy, extra='deploy')
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -194,6 +254,34 @@ def _weights(args: argparse.Namespace) -> None:
         print(hub.fetch_authors(names[0], args.file, args.cache_dir))
     else:
         print(*hub.fetch(names[0], args.cache_dir).values())
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    if (args.model is None) != (args.out is None) or (args.model is None) == (args.check is None):
+        raise ValueError('arguments must be MODEL --out DIR or --check DIR')
+    if 'int8' in (args.precisions or ()) and args.data is None:
+        raise ValueError('--precisions int8 must go with --data, images to calibrate with')
+    if args.json:
+        check_no_folder(args.json)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    from .deploy import command
+    from .deploy.network import read_network
+    if args.check:
+        text, report = command.check(args.check, args.batch)
+    else:
+        network = read_network(
+            args.model, args.checkpoint, args.pretrained, 'features' if args.features else args.task, args.image_size,
+            args.preprocess, {key: getattr(args, key) for key in ('mean', 'std', 'interpolation', 'crop_pct')})
+        precisions = args.precisions or [name for name in PRECISIONS if name != 'int8' or args.data]
+        text, report = command.deploy(
+            *network, args.out, command.Options(args.batch or [1, 16], args.tolerance, args.max_drop), args.engines,
+            precisions, args.data, args.calibration, args.limit)
+    print(text)
+    if args.json:
+        with written_beside(args.json.parent) as folder:
+            (folder / args.json.name).write_text(json.dumps(report, indent=1))
+    return int(any(row['failed'] for row in report['rows']))
 
 
 def _backends(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ Large Kernel Design in CNNs", CVPR 2022, https://arxiv.org/abs/2203.06717.
 """
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,8 @@ from timm.data import create_transform, get_img_extensions, resolve_data_config
 from ..surgery.replace import evaluation_mode
 
 __all__ = [
-    'SHARES', 'Square', 'find_images', 'own_size', 'read_images', 'receptive_field', 'share_table', 'smallest_square']
+    'SHARES', 'Square', 'data_config', 'find_images', 'own_size', 'read_images', 'receptive_field', 'share_table',
+    'smallest_square']
 
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contribution, those of the RepLKNet paper's table
 
@@ -241,21 +242,33 @@ def read_images(files: Iterable[Path], model: nn.Module, size: int) -> Iterator[
         ...     [x.shape for x in read_images(find_images(Path(folder)), model, 64)]
         [torch.Size([1, 3, 64, 64])]
     """
-    channels, transform = _transform(model, size)
+    config = data_config(model, size)
+    channels, transform = config['input_size'][0], create_transform(**config, is_training=False)
     return (_read(file, channels, transform) for file in files)
 
 
-def _transform(model: nn.Module, size: int) -> Tuple[int, Any]:
+def data_config(model: nn.Module, size: Optional[int] = None, **given: Any) -> Dict[str, Any]:
+    """How images are prepared for a timm model: what `timm.data.create_transform` takes.
+
+    Args:
+        model: A model for images of three channels or one.
+        size: Height and width, in pixels, by default the model's own.
+        given: Settings that replace the model's own.
+
+    Raises:
+        ValueError: The model does not accept such channels or this size.
+    """
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     if channels not in (1, 3):
         raise ValueError(f'model must take images of 1 or 3 channels, got {type(model).__name__} of {channels}')
     fixed = (getattr(model, 'pretrained_cfg', None) or {}).get('fixed_input_size')
-    if fixed and size != own_size(model):
+    if fixed and size not in (None, own_size(model)):
         raise ValueError(f'image_size must be {own_size(model)} for {type(model).__name__}, got {size}')
+    size = size or own_size(model)
     config = resolve_data_config({'input_size': (channels, size, size)}, model=model)
     if channels == 1:
         config.update((key, (sum(config[key]) / len(config[key]),)) for key in ('mean', 'std'))
-    return channels, create_transform(**config, is_training=False)
+    return {**config, **given}
 
 
 def _read(file: Path, channels: int, transform: Any) -> torch.Tensor:
