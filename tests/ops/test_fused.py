@@ -357,8 +357,8 @@ with torch.no_grad():
 '''
     here, root = Path(__file__).parent, Path(__file__).parents[2]
     result = subprocess.run(
-        [sys.executable, '-c', code, str(here), str(here.parent)], cwd=root, capture_output=True, text=True,
-        env=dict(os.environ, ONEDNN_VERBOSE='1', ONEDNN_MAX_CPU_ISA=isa, PYTHONPATH=str(root)))
+        [sys.executable, '-c', code, str(here), str(here.parent), str(root / 'weights')], cwd=root, capture_output=True,
+        text=True, env=dict(os.environ, ONEDNN_VERBOSE='1', ONEDNN_MAX_CPU_ISA=isa, PYTHONPATH=str(root)))
     assert result.returncode == 0, result.stderr
     fused_calls = [line for line in result.stdout.splitlines() if 'exec' in line and 'post-ops' in line]
     programs = {tuple(line.split(',')[5:7]) for line in fused_calls}  # ('convolution', 'brgconv_1x1:avx2'), say
