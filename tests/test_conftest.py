@@ -101,7 +101,9 @@ def test_elsewhere_they_are_skipped(suite):
 
 @pytest.mark.slow
 def test_in_workers_too(suite, pytester, monkeypatch):
-    monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parent), prepend=os.pathsep)
+    here = Path(__file__).parent
+    for folder in (here.parent / 'weights', here):
+        monkeypatch.setenv('PYTHONPATH', str(folder), prepend=os.pathsep)
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     files = dict(test_a=SKIPPING, test_b=WHOLE_FILE, test_c=AT_COLLECTION, test_d=THREADS)
     result = suite('-n', '2', '--continue-on-collection-errors', run=pytester.runpytest_subprocess, **files)

@@ -81,7 +81,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, metadata):
         licence = archive.read(f'timm_smpconv-{VERSION}.dist-info/licenses/LICENSE')
     assert licence == (ROOT / 'LICENSE').read_bytes()
     assert (metadata['Name'], metadata['Version'], metadata['License-Expression']) == ('timm-smpconv', VERSION, 'MIT')
-    assert {'demo', 'deploy', 'scripts', 'test', 'tools', 'weights'} <= set(metadata.get_all('Provides-Extra'))
+    assert {'demo', 'deploy', 'scripts', 'test', 'tools'} <= set(metadata.get_all('Provides-Extra'))
 
 
 @pytest.mark.slow
