@@ -167,6 +167,11 @@ def while_others(disturb, work, count=2):
         sys.setswitchinterval(interval)
 
 
+def interrupt(*args):
+    """What Ctrl+C does. (The signal itself ends a test's process if a library has replaced Python's handler.)"""
+    raise KeyboardInterrupt
+
+
 def fail_if_missing(report):
     """Fail a test that is skipped in CI, where nobody would notice, unless its reason is in MAY_LACK."""
     if not (os.environ.get('CI') and report.skipped) or hasattr(report, 'wasxfail'):

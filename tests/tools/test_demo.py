@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import TOLERANCE, difference
+from conftest import TOLERANCE, difference, interrupt
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -120,7 +120,7 @@ def test_an_interrupt_ends_a_process_cleanly(tmp_path):
 
 
 def test_an_interrupt_leaves_nothing(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, '_accuracy', lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(demo, '_accuracy', interrupt)
     assert main(['demo', '--epochs', '1', '--out', str(tmp_path / 'out')]) == 130
     assert capsys.readouterr().err.endswith('\ntimm-smpconv demo: interrupted\n')
     assert not names(tmp_path)

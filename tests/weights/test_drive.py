@@ -9,7 +9,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ import reference_smp
 import timm
 import torch
 import yaml
-from conftest import IMAGENET_MODELS, MODELS, difference
+from conftest import IMAGENET_MODELS, MODELS, difference, interrupt
 from drive_server import QUOTA, DriveServer, File
 from hub_server import Repository
 from PIL import Image
@@ -354,7 +353,7 @@ def test_a_cache_that_is_only_read(drive, checkpoint, cache, load, run):
 
 def test_an_interrupt_of_the_download(drive, checkpoint, cache, load, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(hub.tqdm, 'update', lambda bar, n: signal.raise_signal(signal.SIGINT))
+        patch.setattr(hub.tqdm, 'update', interrupt)
         with pytest.raises(KeyboardInterrupt):
             load()
     assert WEIGHTS not in files(cache)
@@ -364,7 +363,7 @@ def test_an_interrupt_of_the_download(drive, checkpoint, cache, load, monkeypatc
 
 def test_an_interrupt_of_the_conversion(drive, checkpoint, cache, load, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(hub, 'checkpoint_filter_fn', lambda *args: signal.raise_signal(signal.SIGINT))
+        patch.setattr(hub, 'checkpoint_filter_fn', interrupt)
         with pytest.raises(KeyboardInterrupt):
             load()
     assert files(cache) == {DOWNLOAD: checkpoint[1].read_bytes()}
