@@ -220,12 +220,13 @@ def _convolve_apart(x: torch.Tensor, call: _Call, accurate: torch.Tensor) -> tor
 
 
 def _compute_by_levels(x: torch.Tensor, call: _Call) -> torch.Tensor:
-    """By FFT; sequences again, for outputs that see only small values, without the larger ones."""
+    """By FFT; the outputs of sequences that see only small values again, without the larger and the later ones."""
     y = _compute('fft', x, call)
     if x.ndim == 4:
         return y
     apart = (call.groups, -1)  # groups of channels do not meet
-    loud = x.detach().abs().unflatten(1, apart).amax(2).nan_to_num(torch.inf)  # (B, groups, L)
+    values = x.detach().unflatten(1, apart)
+    loud = torch.maximum(values.amax(2), -values.amin(2)).nan_to_num(torch.inf)  # (B, groups, L), without copies of x
     seen = spectra.largest_seen(loud, call.weight.shape[2])
     level = loud.amax(2, keepdim=True)
     for _ in range(_LEVELS):
@@ -234,10 +235,12 @@ def _compute_by_levels(x: torch.Tensor, call: _Call) -> torch.Tensor:
         if len(rows) == 0:
             break
         level = torch.where(quiet, seen, 0).amax(2, keepdim=True)
-        small = torch.where((loud <= level)[rows].unsqueeze(2), x[rows].unflatten(1, apart), 0).flatten(1, 2)
-        again = torch.where(
-            quiet[rows].unsqueeze(2), _compute('fft', small, call).unflatten(1, apart), y[rows].unflatten(1, apart))
-        y = y.index_copy(0, rows, again.flatten(1, 2))
+        n = int(quiet.flatten(0, 1).any(0).nonzero()[-1]) + 1  # mostly a few: the first outputs see the fewest samples
+        small = torch.where((loud <= level)[rows, :, None, :n], x[rows, :, :n].unflatten(1, apart), 0).flatten(1, 2)
+        part = _cropped(small, call.weight, call.bias, call.groups, call.kept if n == x.shape[2] else None)
+        again = _compute(_fastest(small, part), small, part).unflatten(1, apart)
+        again = torch.where(quiet[rows, :, None, :n], again, y[rows, :, :n].unflatten(1, apart))
+        y[rows, :, :n] = again.flatten(1, 2)
     return y
 
 
