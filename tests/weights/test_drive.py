@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -131,11 +132,18 @@ def run(cache, capsys):
     return run
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    for name in ('HTTPS_PROXY', 'https_proxy'):
-        monkeypatch.setenv(name, 'http://127.0.0.1:9')  # where nobody listens
-    monkeypatch.setattr(time, 'sleep', lambda seconds: pytest.fail('it waits before it tries again'))
+@pytest.fixture(params=['refused', 'dropped'])
+def no_network(request, monkeypatch):
+    with socket.create_server(('127.0.0.1', 0), backlog=0) as server, socket.socket() as other:
+        if request.param == 'dropped':
+            other.connect(server.getsockname())  # and now there is no room for another: Linux drops their packets
+            url = 'http://{}:{}'.format(*server.getsockname())
+        else:
+            url = 'http://127.0.0.1:9'  # where nobody listens
+        for name in ('HTTPS_PROXY', 'https_proxy'):
+            monkeypatch.setenv(name, url)
+        monkeypatch.setattr(time, 'sleep', lambda seconds: pytest.fail('it waits before it tries again'))
+        yield
 
 
 def files(cache):

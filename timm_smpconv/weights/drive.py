@@ -14,7 +14,7 @@ from .._errors import DataError
 
 __all__ = ['download', 'parts']
 
-TIMEOUT = (2, 60)  # seconds until there is a connection, and without a byte
+TIMEOUT = (1.3, 60)  # seconds until there is a connection, and without a byte
 PATIENCE = 120  # seconds until the file begins: gdown would follow for ever a page that leads to itself (its issue 26)
 
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import timm
 import yaml
 from filelock import FileLock
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
@@ -38,7 +38,7 @@ AUTHORS = 'https://github.com/sangnekim/SMPConv'  # the url of cfgs whose weight
 FILE = 'model.safetensors'
 SOURCES = Path(__file__).parent / 'sources.yaml'
 _LOCATIONS = ('state_dict', 'file', 'hf_hub_id', 'url')  # in timm's order of preference
-_TIMEOUT = (2, 10)  # seconds until there is a connection to the Hub, and until it answers
+_TIMEOUT = (1.3, 10)  # seconds until there is a connection to the Hub, and until it answers
 # The client's own errors, those of its HTTP library, which depends on its version, and those of hf_xet.
 _CLIENT_ERRORS: Tuple[Type[Exception], ...] = (
     OSError, RuntimeError, EntryNotFoundError,
@@ -271,11 +271,8 @@ def _from_hub(hub_id: str, cfg: PretrainedCfg, cache_dir: _Folder) -> Optional[P
     name = named if named.endswith('.safetensors') else FILE  # timm prefers it to the others
     try:
         if not try_to_load_from_cache(repo, name, cache_dir, revision or None):
-            try:  # once: hf_hub_download waits for half a minute, in five attempts
-                url = hf_hub_url(repo, name, revision=revision or None)
-                get_hf_file_metadata(url, timeout=_TIMEOUT)  # type: ignore[arg-type]  # as its HTTP library takes it
-            except HfHubHTTPError:
-                pass  # an answer, of which hf_hub_download decides what it means
+            # Whatever it answers: without an answer hf_hub_download would try five times, half a minute in all.
+            get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)  # type: ignore[arg-type]  # requests' and httpx's
         return Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir))
     except _CLIENT_ERRORS as error:
         absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
