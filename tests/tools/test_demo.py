@@ -69,22 +69,21 @@ def names(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # four minutes beside other tests
 def test_demo_learns_merges_and_writes(tmp_path, capfd):
-    assert main(['demo', '--out', str(tmp_path / 'out')]) == 0
+    assert main(['demo', '--epochs', '3', '--out', str(tmp_path / 'out')]) == 0
     out, err = capfd.readouterr()
     assert names(tmp_path / 'out') == FILES
     with Image.open(tmp_path / 'out' / 'kernels.png') as picture:
         assert picture.size[0] > 500 and len(picture.convert('L').getcolors()) > 50
     with Image.open(tmp_path / 'out' / 'points.gif') as picture:
         assert picture.n_frames == 44 and (tmp_path / 'out' / 'points.gif').stat().st_size < 600_000
-    assert '396/396' in err and 'epoch 9/9' in err  # 1,437 images in whole batches of 32
+    assert '132/132' in err and 'epoch 3/3' in err  # 1,437 images in whole batches of 32
     relative = float(out.split(' relative)')[0].split('(')[-1])
     assert relative < 1e-5
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(('unmerged', 'merged '))}
     assert rows['unmerged'][1] == rows['merged'][1]
-    # Accuracy on images it has not seen: 97.5 % on an AMD EPYC, 96.4 % on an Intel Xeon, which round differently.
-    assert float(rows['merged'][1].rstrip('%')) >= 95
+    assert float(rows['merged'][1].rstrip('%')) >= 90  # on images it has not seen: 96 %, and 97 after all nine epochs
     (first,) = [line for line in (out + err).splitlines() if line.strip().startswith('epoch 1: held-out accuracy')]
-    assert float(first.split()[-1].rstrip('%')) > 50  # 80 %, and 9 % with the average of BatchNorm statistics
+    assert float(first.split()[-1].rstrip('%')) > 50  # 83 %, and 9 % with the average of BatchNorm statistics
 
     # The printed lines load what was written, and both are the same network.
     calls = [line.strip() for line in out.splitlines() if line.strip().startswith('timm.create_model(')]

@@ -20,6 +20,7 @@ from timm_smpconv.__main__ import main
 from timm_smpconv.models import from_checkpoint as build
 from timm_smpconv.models.from_checkpoint import build_network
 from timm_smpconv.tools import pictures
+from timm_smpconv.tools.images import find_images, read_images
 from timm_smpconv.tools.pictures import (
     Picture,
     draw_kernels,
@@ -30,7 +31,7 @@ from timm_smpconv.tools.pictures import (
     save_figure,
     save_motion,
 )
-from timm_smpconv.tools.receptive_field import find_images, read_images, receptive_field, share_table, smallest_square
+from timm_smpconv.tools.receptive_field import receptive_field, share_table, smallest_square
 
 
 def conv(weight):

@@ -112,8 +112,7 @@ def trained(tmp_path, name, **changes):
 
 @pytest.mark.parametrize('name', [
     'smpconv_tcn_ct', 'smpconv_tcn_sc', *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        'smpconv_resnet_cifar10', 'smpconv_tcn_smnist', 'smpconv_tcn_pmnist', 'smpconv_tcn_scifar10',
-        'smpconv_tcn_scraw'))])
+        'smpconv_resnet_cifar10', 'smpconv_tcn_smnist', 'smpconv_tcn_pmnist', 'smpconv_tcn_scifar10'))])
 @reads_folders
 def test_the_cifar10_and_sequence_networks(name, tmp_path, server, monkeypatch):
     """Converted, read back and merged; what the card says, and what its code computes."""

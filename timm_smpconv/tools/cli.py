@@ -20,7 +20,8 @@ from ..training.recipes import recipe_names, recipe_path
 from ..weights import hub
 from . import backend_report
 from .deploy.engines import ENGINES, PRECISIONS
-from .receptive_field import find_images, own_size, read_images, receptive_field, share_table
+from .images import find_images, own_size, read_images
+from .receptive_field import receptive_field, share_table
 from .timm_scripts import find_script, run_script
 
 # What a program ends with, by the kind of its error. Any other error is a defect and keeps its traceback.

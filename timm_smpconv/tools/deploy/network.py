@@ -26,7 +26,7 @@ from ...layers.smp_kernel import SMPKernel
 from ...models.from_checkpoint import arguments_of, build_network
 from ...surgery.plain import to_plain
 from ...weights.checkpoint import read_checkpoint, select_weights
-from ..receptive_field import data_config
+from ..images import data_config
 
 __all__ = ['Network', 'Outputs', 'Run', 'Source', 'contiguous', 'count_convolutions', 'read_network', 'tensors']
 
