@@ -301,12 +301,7 @@ class HubServer:
 
     def info(self, request, repo, revision='main'):
         repository = self.repository(request, repo)
-        siblings = []
-        for path, file in sorted(repository.files(revision).items()):
-            entry = file.entry(path)
-            siblings.append({'rfilename': path})
-            if 'blobs' in request.query:
-                siblings[-1].update(size=file.size, blobId=entry['oid'], lfs=entry.get('lfs'))
+        siblings = [{'rfilename': path} for path in sorted(repository.files(revision))]
         data = {'id': repo, 'sha': repository.sha(revision), 'private': repository.private, 'siblings': siblings}
         return 200, {}, data
 

@@ -549,13 +549,6 @@ def test_parameters_added_later(make, named):
     check_rules(layer, optimizer, lr=0.5)
 
 
-def test_rules_on_named_parameters():
-    layer = SMPConv2d(4, 4, 5, groups=4)
-    optimizer = add_point_rules(torch.optim.SGD(layer.named_parameters(), lr=1.))
-    names = {n: id(p) for g in optimizer.param_groups for n, p in zip(g['param_names'], g['params'])}
-    assert names == {n: id(p) for n, p in layer.named_parameters()}
-
-
 @pytest.mark.parametrize('way', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_of_an_optimizer_keep_the_rules(way):
     net, other = net_with(3), net_with(3)
