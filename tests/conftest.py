@@ -1,10 +1,6 @@
 """Shared by all tests: the seed, small models and images, `difference` and its tolerances, and what CI may skip."""
 import os
 import re
-import signal
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 # For which CPU the tests run, whatever this one is: the variables that hold PyTorch's libraries back, and what is said
@@ -54,9 +50,6 @@ TOKENS = {  # users of the Hub of hub_server.py
     'hf_stranger': {'name': 'eve', 'role': 'write'},
 }
 
-# Shells ignore SIGINT in what they start in the background, and children inherit that; tests send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 if SAID_CPU:
     cpu.HERE = cpu.CPU(CPUS[SAID_CPU][1], frozenset(getattr(torch, dtype) for dtype in CPUS[SAID_CPU][2]))
 
@@ -74,16 +67,6 @@ LAYOUTS = {
     'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     'strided': lambda x: torch.stack([x, x + 1], -1)[..., 0],
 }
-
-
-@contextmanager
-def deterministic():
-    """Deterministic algorithms inside."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def difference(actual, expected):
@@ -141,35 +124,29 @@ def small_model(shake=True, **kwargs):
     return wake_weights(shake_norms(model)) if shake else model
 
 
-def while_others(disturb, work, count=2):
-    """Call `work` once in each of `count` threads while as many others repeat `disturb`; threads switch all the time.
-
-    Raises what one of them raises.
-    """
-    interval, done = sys.getswitchinterval(), threading.Event()
-
-    def repeat():
-        while not done.is_set():
-            disturb()
-
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(2 * count) as pool:
-            others = [pool.submit(repeat) for _ in range(count)]
-            try:
-                for future in [pool.submit(work) for _ in range(count)]:
-                    future.result()
-            finally:
-                done.set()
-            for future in others:
-                future.result()
-    finally:
-        sys.setswitchinterval(interval)
+FAMILIES = {  # a narrow network, and the shape of an input
+    'images': (lambda: small_model(depths=(1, 1, 1, 1)), (2, 3, 64, 96)),
+    'CIFAR-10': (lambda: timm.create_model('smpconv_resnet_cifar10', dims=(8, 12), kernel_size=9), (2, 3, 16, 20)),
+    'sequences': (lambda: timm.create_model('smpconv_tcn_ct', seq_len=40, dim=6, depth=2), (2, 3, 33)),
+}
 
 
-def interrupt(*args):
+def interrupt(*args, **kwargs):
     """What Ctrl+C does. (The signal itself ends a test's process if a library has replaced Python's handler.)"""
     raise KeyboardInterrupt
+
+
+@contextmanager
+def full_disk(size):
+    """Files may have so many bytes inside."""
+    import resource  # which Windows lacks
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def fail_if_missing(report):
@@ -210,15 +187,6 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """Put back the handlers that a test, or Lightning in it, leaves behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def fastest(monkeypatch):
     """A function that makes the cost model expect one backend to be the fastest everywhere, and 'native' the next."""
@@ -229,6 +197,21 @@ def fastest(monkeypatch):
 
     yield fastest
     choose.forget()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The backends that compute, in order, each with the name of its function."""
+    found = []
+
+    def recording(call, function):
+        return lambda *args: found.append(call) or function(*args)
+
+    for name, backend in list(BACKENDS.items()):
+        monkeypatch.setitem(BACKENDS, name, backend._replace(**{
+            part: recording((name, part), getattr(backend, part))
+            for part in ('conv', 'input_gradient', 'weight_gradient', 'gradients') if getattr(backend, part)}))
+    return found
 
 
 @pytest.fixture

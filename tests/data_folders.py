@@ -44,6 +44,15 @@ def write_cifar10(folder, train=20, test=10):
     return parts
 
 
+def crops(image):
+    """All crops of an image (32, 32, 3) padded by 4, then those of its mirror image: (162, 32, 32, 3)."""
+    found = []
+    for flipped in (image, image[:, ::-1]):
+        padded = np.pad(flipped, ((4, 4), (4, 4), (0, 0)))
+        found += [padded[i:i + 32, j:j + 32] for i in range(9) for j in range(9)]
+    return np.stack(found)
+
+
 def accept_cifar10(folder, patch=setattr):
     """Let torchvision take the batches in a folder for the real ones, whose MD5 it knows."""
     def md5(name):

@@ -90,8 +90,6 @@ class Handler(BaseHTTPRequestHandler):
         drive = self.server.drive
         if file.state == 'busy':
             return 503, b'<html><title>Service Unavailable</title></html>', {'Content-Disposition': 'attachment'}
-        if file.state == 'untyped':
-            return 200, b'', {'Content-Type': None}
         if file.state == 'changed':
             return 200, b'<html><title>Google Drive</title><button>Download anyway</button></html>'
         if file.state == 'formless':
@@ -145,8 +143,7 @@ class Handler(BaseHTTPRequestHandler):
     def head(self, status, length, headers):
         self.send_response(status)
         for key, value in {'Content-Length': length, **headers}.items():
-            if value is not None:
-                self.send_header(key, str(value))
+            self.send_header(key, str(value))
         self.end_headers()
 
     def finish(self):

@@ -1,18 +1,18 @@
 """A Hugging Face Hub on loopback: the part of its protocol that huggingface_hub 0.26 and 2.4 use for models.
 
 Read from these files of huggingface_hub:
-- hf_api.py: whoami, create_repo, model_info, list_repo_tree, get_paths_info, list_repo_refs, create_branch, create_tag,
-  _validate_yaml (repocard.py sends the same)
+- hf_api.py: whoami, create_repo, model_info, list_repo_tree, create_branch, _validate_yaml (repocard.py sends the same)
 - _commit_api.py: preupload, which says what is large, and commit, one JSON object per line
 - lfs.py: the batch, upload and verify requests of git-lfs, transfer "basic"
-- file_download.py: HEAD and GET of /resolve/, the headers it needs, resuming with Range
+- file_download.py: HEAD and GET of /resolve/, and the headers it needs
 - utils/_http.py: X-Error-Code and X-Error-Message, which become exceptions
 
 The Hub and its store of large files are two hosts, so this server opens two ports. On a single host the client would
 follow the redirect to the store and miss the headers of the Hub's own response. Like the real store, this one rejects
 tokens.
-Of datasets it serves files only. Unsupported: spaces, copies, pull requests, gated repositories, paging, and Xet. Where
-hf_xet is installed, the client uploads with Xet whatever a server offers; `environment` disables that.
+Of datasets it serves files only. Unsupported: spaces, tags, copies, deletions, pull requests, gated repositories,
+paging, parts of files, and Xet. Where hf_xet is installed, the client uploads with Xet whatever a server offers;
+`environment` disables that.
 Stricter than the Hub: a model card without a YAML header is an error here and a warning there.
 """
 import base64
@@ -48,8 +48,7 @@ class Fault:
     method: str
     path_part: str
     times: int
-    status: int = None  # of the response; None: its body is cut
-    after_bytes: int = None
+    status: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,6 @@ class Repository:
     contents: dict = field(default_factory=dict)  # oid -> bytes
     commits: dict = field(default_factory=dict)  # sha -> Commit
     branches: dict = field(default_factory=dict)  # name -> sha
-    tags: dict = field(default_factory=dict)  # name -> sha
 
     def store(self, data, large):
         file = File(hashlib.sha256(data).hexdigest() if large else blob_oid(data), len(data), large)
@@ -97,7 +95,7 @@ class Repository:
         return sha
 
     def sha(self, revision):
-        sha = self.branches.get(revision) or self.tags.get(revision) or revision
+        sha = self.branches.get(revision, revision)
         if sha not in self.commits:
             raise Problem(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return sha
@@ -154,11 +152,10 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
         with hub.lock:
             try:
-                status, headers, body = hub.answer(self, hub.fault(self.command, path, cut=False))
+                status, headers, body = hub.answer(self, hub.fault(self.command, path))
             except Problem as problem:
                 status, headers, body = problem.answer
             hub.requests.append((self.command, path, status))
-            cut = hub.fault(self.command, path, cut=True) if status in (200, 206) else None
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         request_id = self.headers.get('X-Request-Id') or self.headers.get('X-Amzn-Trace-Id')
         self.send_response(status)
@@ -167,8 +164,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(key, str(value))
         self.end_headers()
         if self.command != 'HEAD':
-            self.wfile.write(body[:cut.after_bytes] if cut else body)
-        self.close_connection = self.close_connection or cut is not None
+            self.wfile.write(body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do
 
@@ -222,17 +218,6 @@ class HubServer:
             repository = self.repositories[repo]
             return {path: repository.contents[file.oid] for path, file in repository.files(revision).items()}
 
-    def alter(self, repo, path, data, commit=False):
-        """Replace the bytes of a file of main: under the old hash and size, or as a new commit."""
-        with self.lock:
-            repository = self.repositories[repo]
-            files = repository.files('main')
-            if commit:
-                file = repository.store(data, files[path].large)
-                repository.commit('main', f'Alter {path}', {**files, path: file})
-            else:
-                repository.contents[files[path].oid] = data
-
     def count(self, method, path_part):
         """Count requests. The client downloads from '/resolve/', and large files from '/cdn/'."""
         return sum(seen[0] == method and path_part in seen[1] for seen in list(self.requests))
@@ -240,21 +225,16 @@ class HubServer:
     def fail(self, method, path_part, status, times=1):
         """Respond to the next matching requests with this status."""
         with self.lock:
-            self.faults.append(Fault(method, path_part, times, status=status))
-
-    def cut(self, path_part, after_bytes, times=1):
-        """Close the connection in the middle of the next matching downloads."""
-        with self.lock:
-            self.faults.append(Fault('GET', path_part, times, after_bytes=after_bytes))
+            self.faults.append(Fault(method, path_part, times, status))
 
     def repair(self):
-        """Cancel the remaining failures and cuts."""
+        """Cancel the remaining failures."""
         with self.lock:
             self.faults.clear()
 
-    def fault(self, method, path, cut):
+    def fault(self, method, path):
         for fault in self.faults:
-            if fault.times and fault.method == method and fault.path_part in path and (fault.status is None) == cut:
+            if fault.times and fault.method == method and fault.path_part in path:
                 fault.times -= 1
                 return fault
         return None
@@ -321,12 +301,7 @@ class HubServer:
 
     def info(self, request, repo, revision='main'):
         repository = self.repository(request, repo)
-        siblings = []
-        for path, file in sorted(repository.files(revision).items()):
-            entry = file.entry(path)
-            siblings.append({'rfilename': path})
-            if 'blobs' in request.query:
-                siblings[-1].update(size=file.size, blobId=entry['oid'], lfs=entry.get('lfs'))
+        siblings = [{'rfilename': path} for path in sorted(repository.files(revision))]
         data = {'id': repo, 'sha': repository.sha(revision), 'private': repository.private, 'siblings': siblings}
         return 200, {}, data
 
@@ -335,30 +310,11 @@ class HubServer:
         recursive = request.query.get('recursive', [''])[0].lower() in ('true', '1')
         return 200, {}, [entries[path] for path in sorted(entries) if recursive or '/' not in path]
 
-    def paths_info(self, request, repo, revision):
-        entries = self.repository(request, repo).entries(revision)
-        paths = parse_qs(request.body.decode()).get('paths', [])
-        return 200, {}, [entries[path] for path in paths if path in entries]
-
-    def refs(self, request, repo):
-        repository = self.repository(request, repo)
-        kinds = ('branches', 'heads', repository.branches), ('tags', 'tags', repository.tags)
-        data = {key: [{'name': name, 'ref': f'refs/{kind}/{name}', 'targetCommit': sha} for name, sha in names.items()]
-                for key, kind, names in kinds}
-        return 200, {}, dict(data, converts=[], pullRequests=[])
-
     def create_branch(self, request, repo, name):
         repository, start = self.repository(request, repo, write=True), json.loads(request.body).get('startingPoint')
-        return self.create_ref(repository, repository.branches, name, start or 'main')
-
-    def create_tag(self, request, repo, revision):
-        repository = self.repository(request, repo, write=True)
-        return self.create_ref(repository, repository.tags, json.loads(request.body)['tag'], revision)
-
-    def create_ref(self, repository, names, name, revision):
-        if name in names:
+        if name in repository.branches:
             raise Problem(409, f'Reference already exists: {name}')
-        names[name] = repository.sha(revision)
+        repository.branches[name] = repository.sha(start or 'main')
         return 201, {}, {}
 
     def preupload(self, request, repo, revision):
@@ -396,27 +352,19 @@ class HubServer:
         repository = self.repository(request, repo, write=True)
         if revision not in repository.branches:
             raise Problem(404, f'Not a branch: {revision}', 'RevisionNotFound')
-        head, files = repository.branches[revision], dict(repository.files(revision))
+        files = dict(repository.files(revision))
         for line in map(json.loads, request.body.splitlines()):
             key, value = line['key'], line['value']
             if key == 'header':
                 title = value['summary']
-                if value.get('parentCommit', head) != head:
-                    raise Problem(412, 'A commit has happened since. Please refresh and try again.')
             elif key == 'file':
                 files[value['path']] = repository.store(base64.b64decode(value['content']), large=False)
             elif key == 'lfsFile':
                 if value['oid'] not in repository.contents:
                     raise Problem(400, f'LFS pointer pointed to a file that does not exist: {value["path"]}')
                 files[value['path']] = File(value['oid'], value['size'], large=True)
-            else:  # deletedFile or deletedFolder
-                folder = value['path'].rstrip('/') + '/'
-                gone = [path for path in files
-                        if (path.startswith(folder) if key == 'deletedFolder' else path == value['path'])]
-                if not gone:
-                    raise Problem(404, f"A file with this name doesn't exist: {value['path']}", 'EntryNotFound')
-                for path in gone:
-                    del files[path]
+            else:
+                raise Problem(400, f'Unsupported: {key}')
         sha = repository.commit(revision, title, files)
         return 200, {}, {'success': True, 'commitOid': sha, 'commitUrl': f'{self.url}/{repo}/commit/{sha}'}
 
@@ -432,20 +380,11 @@ class HubServer:
         headers['ETag'] = f'"{file.oid}"'
         if request.command == 'HEAD':
             return 200, {**headers, 'Content-Length': file.size}, b''
-        return self.send(request, repository.contents[file.oid], headers)
+        return 200, headers, repository.contents[file.oid]
 
     def download(self, request, repo, oid, path):
         self.refuse_token(request)
-        return self.send(request, self.repositories[repo].contents[oid], {'ETag': f'"{oid}"'})
-
-    def send(self, request, data, headers):
-        wanted = re.fullmatch(r'bytes=(\d+)-(\d*)', request.headers.get('Range', ''))
-        if wanted is None:
-            return 200, {**headers, 'Accept-Ranges': 'bytes'}, data
-        start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-        if start > end:
-            raise Problem(416, f'Only {len(data)} bytes: {wanted[0]}')
-        return 206, {**headers, 'Content-Range': f'bytes {start}-{end}/{len(data)}'}, data[start:end + 1]
+        return 200, {'ETag': f'"{oid}"'}, self.repositories[repo].contents[oid]
 
     def refuse_token(self, request):
         if 'Authorization' in request.headers:
@@ -460,10 +399,7 @@ ROUTES = (
     ('GET', f'/api/models/{REPO}', HubServer.info),
     ('GET', f'/api/models/{REPO}/revision/{REVISION}', HubServer.info),
     ('GET', f'/api/models/{REPO}/tree/{REVISION}', HubServer.tree),
-    ('POST', f'/api/models/{REPO}/paths-info/{REVISION}', HubServer.paths_info),
-    ('GET', f'/api/models/{REPO}/refs', HubServer.refs),
     ('POST', f'/api/models/{REPO}/branch/(?P<name>[^/]+)', HubServer.create_branch),
-    ('POST', f'/api/models/{REPO}/tag/{REVISION}', HubServer.create_tag),
     ('POST', f'/api/models/{REPO}/preupload/{REVISION}', HubServer.preupload),
     ('POST', f'/api/models/{REPO}/commit/{REVISION}', HubServer.commit),
     ('POST', rf'/{REPO}\.git/info/lfs/objects/batch', HubServer.batch),

@@ -1,11 +1,7 @@
 """What the other tests lean on: `difference`, what may be skipped in CI, and that every test starts from the seed."""
-import os
-import time
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import difference, while_others
+from conftest import difference
 
 pytest_plugins = ['pytester']
 
@@ -21,13 +17,6 @@ def test_that_lacks_a_package():
 
 @pytest.mark.skip(reason='pandas is missing')
 def test_that_is_marked():
-    pass
-
-@pytest.fixture
-def nothing():
-    pytest.skip('no network')
-
-def test_with_a_fixture(nothing):
     pass
 
 @pytest.mark.xfail
@@ -54,64 +43,32 @@ import torch
 def test(layer):
     pass
 '''
-THREADS = '''
-import os
-import time
-import torch
-
-def test():
-    assert torch.get_num_threads() == int(os.environ['OMP_NUM_THREADS']) == 1
-'''
-IN_THE_TEST = AT_COLLECTION.replace('torch.nn', 'lambda: torch.nn')
 
 
 @pytest.fixture
 def suite(pytester, monkeypatch):
     """Runs pytest in an empty folder with these tests' conftest.py."""
-    def suite(*args, ci=True, run=pytester.runpytest_inprocess, **files):
+    def suite(**files):
         pytester.makepyfile(**files)
         pytester.makeini('[pytest]\nmarkers =\n    gpu')
-        monkeypatch.setenv('CI', 'true') if ci else monkeypatch.delenv('CI', raising=False)
-        return run('-p', 'conftest', '-p', 'no:cacheprovider', '-rs', *args)
+        monkeypatch.setenv('CI', 'true')
+        return pytester.runpytest_inprocess(
+            '-p', 'conftest', '-p', 'no:cacheprovider', '-rs', '--continue-on-collection-errors')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     return suite
 
 
 def test_a_skipped_test_fails_in_ci_unless_its_reason_is_allowed(suite):
-    result = suite(test_a=SKIPPING)
+    result = suite(test_a=SKIPPING, test_b=WHOLE_FILE)
     result.assert_outcomes(passed=1, failed=1, errors=2, skipped=2, xfailed=1)
     result.stdout.fnmatch_lines_random([
         '*must not be skipped in CI.*no_such_package*', '*must not be skipped in CI.*pandas is missing',
-        '*must not be skipped in CI.*no network',
+        '*must not be skipped in CI.*Triton is not installed*',
         'SKIPPED ?1? test_a.py:*needs a GPU', 'SKIPPED ?1? test_a.py:*one pass is for CPUs with AVX-512'])
     assert result.ret == 1
 
 
-def test_a_file_that_is_skipped_fails_in_ci(suite):
-    result = suite(test_a=WHOLE_FILE)
-    result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines('*must not be skipped in CI.*Triton is not installed*')
-
-
-def test_elsewhere_they_are_skipped(suite):
-    result = suite(test_a=SKIPPING, test_b=WHOLE_FILE, ci=False)
-    result.assert_outcomes(passed=1, skipped=6, xfailed=1)
-    assert result.ret == 0
-
-
-@pytest.mark.slow
-def test_in_workers_too(suite, pytester, monkeypatch):
-    here = Path(__file__).parent
-    for folder in (here.parent / 'weights', here):
-        monkeypatch.setenv('PYTHONPATH', str(folder), prepend=os.pathsep)
-    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    files = dict(test_a=SKIPPING, test_b=WHOLE_FILE, test_c=AT_COLLECTION, test_d=THREADS)
-    result = suite('-n', '2', '--continue-on-collection-errors', run=pytester.runpytest_subprocess, **files)
-    result.assert_outcomes(passed=2, failed=1, errors=4, skipped=2, xfailed=1)
-
-
 def test_modules_are_not_built_while_tests_are_collected(suite):
-    suite(test_a=IN_THE_TEST).assert_outcomes(passed=1)
     result = suite(test_a=AT_COLLECTION)
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines('*test_a.py draws random numbers while tests are collected*')
@@ -156,16 +113,3 @@ def test_difference_with_nan_and_infinity_on_both_sides():
     other = same.clone()
     other[-1] = 3
     assert difference(same, same) == 0 and difference(other, same) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize('failing', ['disturb', 'work'])
-def test_errors_of_other_threads_are_raised(failing):
-    def fail():
-        raise ZeroDivisionError
-
-    calls = []
-    functions = {'disturb': lambda: calls.append(0), 'work': lambda: time.sleep(0.01)}
-    with pytest.raises(ZeroDivisionError):
-        while_others(**dict(functions, **{failing: fail}))
-    while_others(**functions)
-    assert len(calls) > 1

@@ -1,17 +1,14 @@
 """The rules of the points in a step, and the trajectory of training against the authors' update, written plainly."""
 import copy
-import gc
 import io
 import math
 import pickle
-from weakref import ref
 
 import pytest
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TOLERANCE, difference, small_model, while_others
+from conftest import small_model
 from reference import kernel_loop
 from timm.models import resume_checkpoint
 from timm.optim import Lookahead, create_optimizer_v2
@@ -137,14 +134,12 @@ def test_ranges_do_not_mix():
 
 TORCH_SCHEDULERS = {
     'LambdaLR': lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
-    'StepLR': lambda o: lr_scheduler.StepLR(o, 1),
     'CosineAnnealingLR': lambda o: lr_scheduler.CosineAnnealingLR(o, 10, eta_min=2e-4),
     'OneCycleLR': lambda o: lr_scheduler.OneCycleLR(o, 3e-3, 10, cycle_momentum=False),
     'CosineAnnealingWarmRestarts': lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
     'SequentialLR': lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, 10)], [2]),
     'ReduceLROnPlateau': lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    'LinearLR': lambda o: lr_scheduler.LinearLR(o),
 }
 
 
@@ -263,66 +258,30 @@ def check_equal(actual, expected, rtol=0.):
             actual[name], value, rtol=0., atol=rtol * value.abs().max().item(), msg=lambda m, name=name: f'{name}: {m}')
 
 
-@pytest.mark.parametrize('name', ['adamw', 'lamb'])
-def test_without_the_rules_rendering_and_checkpoints_still_work(name):
-    """At 20 × the recipe's rate, plain optimizers leave radii far outside. Nothing breaks."""
-    net = net_with(3).train()
-    with torch.no_grad():  # next to samples, so that the smallest radii reach one and move
-        net.conv.kernel.coords.copy_((net.conv.kernel.coords * 3).round() / 3 + 1e-4)
-    ema = ModelEmaV3(net, decay=0.5)
-    optimizer = create_optimizer_v2(net, name, lr=8e-2, weight_decay=0.05)
-    for x, y in batches_of(3):
-        optimizer.zero_grad()
-        (-F.cross_entropy(net(x), y)).backward()  # uphill, where small radii shrink
-        optimizer.step()
-        ema.update(net)
-    for module in (net, ema.module.eval(), copy.deepcopy(net).eval()):
-        kernel = module.conv.kernel
-        assert (kernel.radius < 0).any()
-        expected = kernel_loop(kernel.coords, kernel.radius.clamp(1e-3, 1), kernel.weight, (7, 7))
-        assert difference(kernel(), expected) < TOLERANCE[torch.float64]
-        again = net_with(0)
-        again.load_state_dict(module.state_dict())
-        assert torch.equal(again.conv.kernel.radius, kernel.radius)
-
-
-@pytest.mark.parametrize('name', ['adamw', 'lamb', 'sgd', 'lion', 'rmsprop', 'nadamw', 'madgrad', 'lookahead_adamw'])
-def test_any_optimizer_with_the_rules(name):
-    net = net_with(3).train()
-    optimizer = create_optimizer_v2(net, name, lr=8e-2, weight_decay=0.05)
-    groups = [dict(group) for group in optimizer.param_groups]
-    assert add_point_rules(optimizer, net) is optimizer
-    kernel = net.conv.kernel
-    before = kernel.radius.detach().clone()
-    for batch in batches_of(7):
-        train(net, optimizer, [batch])
-        assert in_range(net)
-    assert not torch.equal(kernel.radius, before)
-    for group, expected in zip(optimizer.param_groups, groups, strict=True):
-        assert group.pop('radius_lr_scale') == 0.1
-        assert group.pop('lookahead_step', 7) == 7 and expected.pop('lookahead_step', 0) == 0
-        assert all(p is e for p, e in zip(group.pop('params'), expected.pop('params'), strict=True))
-        assert {**group, **expected} == group  # Lamb counts its steps there, too
-
-
 MAKE = {
     'adafactor': lambda params: create_optimizer_v2(params, 'adafactor'),  # sets its own rate
     'lbfgs': lambda params: torch.optim.LBFGS(params, lr=1e-2),
     **{
         name: lambda params, name=name: create_optimizer_v2(params, name, lr=1e-2, weight_decay=0.05)
-        for name in ('adamw', 'adam', 'lamb', 'lion', 'madgrad', 'rmsprop', 'sgd', 'sgdw', 'lookahead_adamw')}}
+        for name in ('adamw', 'adam', 'lamb', 'lion', 'madgrad', 'nadamw', 'rmsprop', 'sgd', 'sgdw', 'lookahead_adamw')
+    }}
 
 
 @pytest.mark.parametrize('name', MAKE)
 def test_radii_go_a_tenth_of_the_step_and_points_do_not_decay(name):
-    """Against the same optimizer without rules, and without decay in the groups of points."""
+    """Against the same optimizer without rules, and without decay in the groups of points.
+
+    The groups stay the user's.
+    """
     net, other = net_with(3), net_with(3)
     radius, start = other.conv.kernel.radius, net.conv.kernel.radius.detach().clone()
     points = [other.conv.kernel.coords, radius]
     others = [p for p in other.parameters() if not any(p is point for point in points)]
     plain = MAKE[name](others + points if name == 'lbfgs' else [
         {'params': others}, {'params': points, 'weight_decay': 0.}])
-    optimizer = add_point_rules(MAKE[name](net.parameters()), net)
+    optimizer = MAKE[name](net.parameters())
+    groups = [dict(group) for group in optimizer.param_groups]
+    assert add_point_rules(add_point_rules(optimizer, net)) is optimizer  # twice, as one may after adding layers
     x, y = batches_of(1)[0]
     for module, chosen in ((net, optimizer), (other, plain)):
         def closure(module=module, chosen=chosen):
@@ -335,6 +294,10 @@ def test_radii_go_a_tenth_of_the_step_and_points_do_not_decay(name):
     with torch.no_grad():
         radius.copy_((start + 0.1 * (radius - start)).clamp(1e-3, 1))
     check_equal(params_of(net), params_of(other), rtol=1e-12)
+    for group, expected in zip(optimizer.param_groups, groups, strict=True):
+        assert group['radius_lr_scale'] == 0.1
+        assert all(p is e for p, e in zip(group['params'], expected['params'], strict=True))
+        assert group.get('weight_decay') == expected.get('weight_decay')
 
 
 class SAM(torch.optim.Optimizer):
@@ -448,16 +411,6 @@ def test_points_that_come_later_and_points_that_are_not_trained():
     optimizer.param_groups[0]['params'] = list(net.parameters())
     train(net, optimizer, batches_of(1))
     assert in_range(net)
-
-
-@pytest.mark.parametrize('ours,theirs', [(SMPAdamW, torch.optim.AdamW), (SMPAdam, torch.optim.Adam)])
-def test_the_rules_are_the_same_for_any_optimizer(ours, theirs):
-    mine, other = net_with(3), net_with(3)
-    train(mine, ours(mine, lr=2e-2, weight_decay=0.05), batches_of(4))
-    # Twice, as one may after adding layers: no step scales twice.
-    optimizer = add_point_rules(add_point_rules(theirs(other.parameters(), lr=2e-2, weight_decay=0.05)))
-    train(other, optimizer, batches_of(4))
-    check_equal(params_of(other), params_of(mine))
 
 
 def test_the_scale_is_a_rate_in_plain_sgd():
@@ -596,13 +549,6 @@ def test_parameters_added_later(make, named):
     check_rules(layer, optimizer, lr=0.5)
 
 
-def test_rules_on_named_parameters():
-    layer = SMPConv2d(4, 4, 5, groups=4)
-    optimizer = add_point_rules(torch.optim.SGD(layer.named_parameters(), lr=1.))
-    names = {n: id(p) for g in optimizer.param_groups for n, p in zip(g['param_names'], g['params'])}
-    assert names == {n: id(p) for n, p in layer.named_parameters()}
-
-
 @pytest.mark.parametrize('way', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_of_an_optimizer_keep_the_rules(way):
     net, other = net_with(3), net_with(3)
@@ -705,29 +651,6 @@ def test_a_state_without_the_rules_is_resumed():
     assert found[id(net.conv.kernel.weight)] == (pytest.approx(0.5), 0.01)
 
 
-def test_an_optimizer_is_freed_with_its_last_user():
-    optimizer = SMPAdamW(SMPConv2d(2, 2, 5, groups=2), lr=1.)
-    gone = ref(optimizer)
-    gc.disable()
-    try:
-        del optimizer
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-def test_optimizers_are_made_while_other_threads_build_models():
-    def build():
-        [SMPKernel(1, (3, 3), 1) for _ in range(20)]
-
-    def make():
-        for _ in range(50):
-            kernel = SMPKernel(1, (3, 3), 1)
-            assert len(smp_param_groups(kernel.parameters())) == 3
-
-    while_others(build, make)
-
-
 # The authors' training
 
 
@@ -801,16 +724,3 @@ def test_six_updates_are_the_authors(accumulate, form):
         torch.testing.assert_close(param, params[name], rtol=1e-6, atol=1e-12)
     for name, param in ema.module.named_parameters():
         torch.testing.assert_close(param, average[name], rtol=1e-6, atol=1e-12)
-
-
-def test_two_forwards_before_one_backward():
-    net, other = net_with(3), net_with(3)
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    (net(x).sum() + net(x * 2).sum()).backward()
-    other(torch.cat([x, x * 2])).sum().backward()
-    for a, e in zip(net.parameters(), other.parameters()):
-        assert difference(a.grad, e.grad) < TOLERANCE[torch.float64]
-
-
-def test_timm_lists_them():
-    assert {'smpadam', 'smpadamw'} <= set(timm.optim.list_optimizers())

@@ -1,5 +1,4 @@
 """The modules against the oracle's loops; merging against the module itself before merging."""
-from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -136,14 +135,6 @@ def test_conv_norm_merges(make, act_layer):
     assert difference(merged(x), layer(x)) < TOLERANCE[torch.float32]
 
 
-def test_a_layer_whose_parts_are_merged_merges():
-    layer = shake_norms(RepSMPConv2d(4, 7)).eval()
-    x = torch.randn(2, 4, 8, 9)
-    parts = reparameterize_model(layer)  # a root stays, its children merge
-    assert isinstance(parts.large, MergedConv2d) and isinstance(parts.small, MergedConv2d)
-    assert difference(parts.fuse()(x), layer(x)) < TOLERANCE[torch.float32]
-
-
 @pytest.mark.parametrize('num_classes', [0, 5])
 @pytest.mark.parametrize('pool', ['avg', 'fastavg', 'fast', 'max', 'avgmax', 'catavgmax', ''])
 def test_head_merges_with_every_pooling(pool, num_classes):
@@ -168,19 +159,6 @@ def test_a_classifier_of_its_own_sees_normalised_features(when):
     merged.fc = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).eval()
     expected = merged.fc(head.norm(x).mean((2, 3)))
     assert difference(merged.fuse()(x), expected) < TOLERANCE[torch.float32]
-
-
-MERGEABLE = [
-    partial(SMPConv2d, 4, 4, 5, groups=4), partial(RepSMPConv2d, 4, 7), lambda: ConvNorm(nn.Conv2d(3, 4, 1)),
-    partial(NormClassifierHead, 8, 5)]
-
-
-@pytest.mark.parametrize('make', MERGEABLE)
-def test_the_mode_does_not_matter_for_merging(make):
-    module = shake_norms(make())
-    expected = module.eval().fuse().state_dict()
-    merged = module.train().fuse()
-    assert all(torch.equal(v, expected[k]) for k, v in merged.state_dict().items())
 
 
 def test_merging_draws_no_random_numbers_and_leaves_the_module_alone():
@@ -221,19 +199,6 @@ def test_what_cannot_be_folded_is_refused_by_name(where, make, message):
     layer.set_submodule(where, make().eval())
     with pytest.raises(MergeError, match=f'^{where} {message}'):
         layer.fuse()
-
-
-def test_another_forward_of_an_instance_is_refused():
-    layer = RepSMPConv2d(4, 7).eval()
-    for where in 'large.conv', 'small.conv':
-        changed = deepcopy(layer)
-        conv = changed.get_submodule(where)
-        conv.forward = partial(type(conv).forward, conv)
-        with pytest.raises(MergeError, match=f'^{where} must compute what its class does .* another forward'):
-            changed.fuse()
-    layer.large.conv.forward = torch.sin
-    with pytest.raises(MergeError, match=r'^SMPConv2d must compute what its class does .* another forward'):
-        layer.large.conv.fuse()
 
 
 def test_what_can_be_folded_is():

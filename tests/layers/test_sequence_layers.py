@@ -1,6 +1,4 @@
 """SMPConv1d, the dense SMPConv2d and what both merge into, against loops over the equation and PyTorch in float64."""
-import pickle
-from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -10,9 +8,9 @@ import torch.nn.functional as F
 from conftest import LAYOUTS, TOLERANCE, difference, shake_norms
 from reference import kernel_loop
 
-from timm_smpconv import MergeError, SMPConv1d, SMPConv2d, SMPKernel, prepack, use_backend
+from timm_smpconv import SMPConv1d, SMPConv2d, SMPKernel
 from timm_smpconv.layers.merged import MergedConv1d, MergedLargeConv2d
-from timm_smpconv.layers.rep_conv import ConvNorm, DenseRepSMPConv2d, RepSMPConv1d
+from timm_smpconv.layers.rep_conv import DenseRepSMPConv2d, RepSMPConv1d
 from timm_smpconv.layers.small_conv import CausalConv1d
 
 F64 = dict(dtype=torch.float64)
@@ -86,21 +84,15 @@ def test_causal_points_start_near_the_current_sample():
     assert abs(kernel.radius[0, 0].item() - 2 / 784) < 1e-9
 
 
-def rep_layers():
-    return {
-        'causal': (RepSMPConv1d(3, 4, 9, 5, bias=True, points=6, **F64), (2, 3, 9)),
-        'causal, even, all of it small': (RepSMPConv1d(3, 3, 4, 4, points=6, **F64), (2, 3, 11)),
-        'dense': (DenseRepSMPConv2d(3, 4, 9, 3, points=6, **F64), (2, 3, 7, 8)),
-        'dense with biases': (DenseRepSMPConv2d(4, 4, (9, 5), 5, bias=True, small_bias=True, **F64), (2, 4, 9, 6)),
-        'one channel': (DenseRepSMPConv2d(1, 1, 5, **F64), (2, 1, 5, 5)),
-    }
-
-
-@pytest.mark.parametrize('case', [
-    'causal', 'causal, even, all of it small', 'dense', 'dense with biases', 'one channel'])
-def test_branches_merge_into_one_convolution(case):
-    layer, shape = rep_layers()[case]
-    shake_norms(spread(layer)).eval()
+@pytest.mark.parametrize('make,shape', [
+    (partial(RepSMPConv1d, 3, 4, 9, 5, bias=True, points=6), (2, 3, 9)),
+    (partial(RepSMPConv1d, 3, 3, 4, 4, points=6), (2, 3, 11)),  # even, and all of it small
+    (partial(DenseRepSMPConv2d, 3, 4, 9, 3, points=6), (2, 3, 7, 8)),
+    (partial(DenseRepSMPConv2d, 4, 4, (9, 5), 5, bias=True, small_bias=True), (2, 4, 9, 6)),
+    (partial(DenseRepSMPConv2d, 1, 1, 5), (2, 1, 5, 5)),
+])
+def test_branches_merge_into_one_convolution(make, shape):
+    layer = shake_norms(spread(make(**F64))).eval()
     x = torch.randn(shape, **F64)
     merged = layer.fuse()
     assert type(merged) is (MergedConv1d if len(shape) == 3 else MergedLargeConv2d)
@@ -132,34 +124,6 @@ def test_a_bare_layer_merges(make, shape):
         assert difference(layer.fuse()(x), layer(x)) < TOLERANCE[torch.float64]
 
 
-def test_small_convolutions_start_as_in_the_paper():
-    assert abs(CausalConv1d(30, 30, 5, bias=False).weight.std().item() - 0.02) < 1e-3
-    assert MergedConv1d(30, 30, 50, causal=True).bias.abs().max() == 0
-
-
-def test_branches_that_differ_in_kind_are_refused():
-    layer = RepSMPConv1d(4, 4, 9).eval()
-    layer.small = ConvNorm(nn.Conv1d(4, 4, 5, padding=2, bias=False)).eval()
-    with pytest.raises(MergeError, match='small must have the channels, groups and alignment of the large branch'):
-        layer.fuse()
-
-
-@pytest.mark.parametrize('make', [partial(RepSMPConv1d, 4, 4, 64), partial(DenseRepSMPConv2d, 4, 4, 33)])
-def test_prepacked_layers_follow_their_weights_and_pickle(make):
-    merged = spread(make()).eval().fuse()
-    shape = (1, 4, 64) if isinstance(merged, MergedConv1d) else (1, 4, 32, 32)
-    expected = deepcopy(merged)
-    prepack(merged)
-    with torch.no_grad(), use_backend('fft'):
-        for n in range(3):
-            x = torch.randn(*shape[:2], *(s - 2 * n for s in shape[2:]))
-            assert difference(merged(x), expected(x)) < TOLERANCE[torch.float32]
-            assert difference(pickle.loads(pickle.dumps(merged))(x), expected(x)) < TOLERANCE[torch.float32]
-            assert merged.kept._derived is not None
-            for conv in (merged, expected):
-                conv.weight.mul_(-1.5)
-
-
 @pytest.mark.parametrize('make,message', [
     (lambda: SMPConv1d(4, 4, 1, causal=True), 'kernel_size must be at least 2, got 1'),
     (lambda: SMPConv1d(4, 4, 6), 'kernel_size must be odd and at least 3, unless causal, got 6'),
@@ -178,3 +142,8 @@ def test_prepacked_layers_follow_their_weights_and_pickle(make):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_small_convolutions_start_as_in_the_paper():
+    assert abs(CausalConv1d(30, 30, 5, bias=False).weight.std().item() - 0.02) < 1e-3
+    assert MergedConv1d(30, 30, 50, causal=True).bias.abs().max() == 0

@@ -114,11 +114,6 @@ def test_the_oracle_convolves_in_frequencies_as_by_definition(causal, size, kern
     assert difference(convolve(x, kernel, causal), expected) < 1e-12
 
 
-def test_the_permutation_of_pmnist():
-    permutation = timm.create_model('smpconv_tcn_pmnist').stem.permutation
-    assert permutation[:4].tolist() == [693, 85, 647, 392] and permutation.sort().values.tolist() == list(range(784))
-
-
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('name', CONFIGS)

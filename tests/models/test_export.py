@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import TOLERANCE, difference, shake_norms, small_model, wake_weights
+from conftest import FAMILIES, TOLERANCE, difference, shake_norms, small_model, wake_weights
 from timm.utils import reparameterize_model
 
 from timm_smpconv import depthwise_conv2d
@@ -42,11 +42,6 @@ def test_torch_export(exportable, images):
         assert difference(again(x), exportable(x)) < TOLERANCE[torch.float32]
 
 
-FAMILIES = {
-    'images': (lambda: small_model(depths=(1, 1, 1, 1)), (2, 3, 64, 96)),
-    'CIFAR-10': (lambda: timm.create_model('smpconv_resnet_cifar10', dims=(8, 12), kernel_size=9), (2, 3, 16, 20)),
-    'sequences': (lambda: timm.create_model('smpconv_tcn_ct', seq_len=40, dim=6, depth=2), (2, 3, 40)),
-}
 MODES = tuple(product(FAMILIES, ('unmerged', 'merged'), (True, False), (True, False), (True, False)))
 IN_DEFAULT_RUN = (
     ('images', 'merged', True, True, False), ('sequences', 'unmerged', True, True, True),

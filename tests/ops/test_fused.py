@@ -1,5 +1,4 @@
 """Convolutions in one pass against float64, and the copies of weights that `prepack` lets a merged model keep."""
-import contextlib
 import copy
 import io
 import os
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import TOLERANCE, difference, small_model
 from timm.utils import reparameterize_model
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -251,7 +249,7 @@ def test_a_changed_weight_is_packed_again(photos):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('way', ['functional_call', 'data twice', 'there and back', 'function mode'])
+@pytest.mark.parametrize('way', ['functional_call', 'data twice', 'there and back'])
 def test_no_other_weight_is_taken_for_the_packed_one(way):
     conv = prepack(RepSMPConv2d(64, 13).eval().fuse() if way == 'data twice' else pointwise(512))
     x = torch.randn(1, conv.in_channels, 5, 6).contiguous(memory_format=torch.channels_last)
@@ -266,10 +264,9 @@ def test_no_other_weight_is_taken_for_the_packed_one(way):
             if way == 'data twice':
                 conv.weight.data = conv.weight.data * 2
                 conv.weight.data = conv.weight.data * 2
-            elif way == 'there and back':
+            else:
                 conv.bfloat16().float()
-            with torch.device('cpu') if way == 'function mode' else contextlib.nullcontext():
-                y = conv(x)
+            y = conv(x)
         expected = F.conv2d(x, weights['weight'], weights['bias'], padding=conv.padding, groups=conv.groups)
         assert difference(y, expected) < TOLERANCE[torch.float32]
     assert conv.kept._derived is not None
@@ -285,9 +282,6 @@ def test_traced_merged_models(photos):
         expected = merged(photos)
         scripted = torch.jit.script(torch.fx.symbolic_trace(merged))
         assert difference(scripted(photos), expected) < TOLERANCE[torch.float32]
-        message = "backend 'fft' was requested and cannot run: an exported graph"
-        with use_backend('fft'), pytest.raises(ValueError, match=message):
-            torch.jit.trace(merged, photos)
 
 
 def test_a_prepacked_model_is_copied_saved_trained_and_scripted(photos):
@@ -374,13 +368,3 @@ def test_a_bias_with_strides(geometry):
     for strided in (bias[:, None].repeat(1, 3)[:, 1], bias[:1].expand_as(bias)):
         y = fused_conv2d(x, weight, strided, **rest)
         assert difference(y, exact(x, weight, strided, rest)) < TOLERANCE[torch.float32]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('geometry', GEOMETRIES)
-def test_fake_tensors_outside_their_mode(geometry):
-    mode = FakeTensorMode()
-    x, weight, bias, rest = make(geometry)
-    fake = [mode.from_tensor(t) for t in (x, weight, bias)]
-    y = fused_conv2d(*fake, **rest, kept=Kept())
-    assert y.shape == exact(x, weight, bias, rest).shape and isinstance(y, FakeTensor)

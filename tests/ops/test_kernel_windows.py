@@ -131,12 +131,6 @@ def test_samples_older_than_all_points_are_cropped(nearest, expected, monkeypatc
         assert difference(a, e) < 10 * TOLERANCE[torch.float64]
 
 
-def test_a_kernel_without_points_is_zero():
-    for groups, count in ((1, 0), (0, 3)):
-        inputs = torch.zeros(groups, count, 1), torch.zeros(groups, count), torch.zeros(groups, 2, count)
-        assert torch.equal(render_kernel(*inputs, (SIZE,)), torch.zeros(groups, 2, SIZE))
-
-
 def test_wide_points_are_rendered_too():
     inputs = points([0.02, 1., 0.7])
     assert difference(

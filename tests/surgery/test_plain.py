@@ -10,12 +10,11 @@ from collections import Counter
 import captum.attr
 import nncf
 import pytest
-import timm
 import torch
 import torch.fx
 import torch.nn as nn
 from captum.attr._utils.lrp_rules import EpsilonRule, IdentityRule
-from conftest import TOLERANCE, difference, small_model, wake_weights
+from conftest import FAMILIES, TOLERANCE, difference, small_model, wake_weights
 from timm.utils import reparameterize_model
 from torch.nn.utils import prune
 
@@ -23,11 +22,6 @@ from timm_smpconv import RepSMPConv2d, SMPConv1d, SMPConv2d, to_plain
 from timm_smpconv.layers.heads import SelectSequencePool
 from timm_smpconv.layers.merged import MergedBlock, MergedConv1d, MergedConv2d, MergedLargeConv2d
 
-FAMILIES = {
-    'images': (small_model, (2, 3, 64, 96)),
-    'CIFAR-10': (lambda: timm.create_model('smpconv_resnet_cifar10', dims=(8, 12), kernel_size=9), (2, 3, 16, 20)),
-    'sequences': (lambda: timm.create_model('smpconv_tcn_ct', seq_len=40, dim=6, depth=2), (2, 3, 33)),
-}
 CONVOLUTIONS, ACTIVATIONS = (nn.Conv1d, nn.Conv2d), (nn.ReLU, nn.GELU)
 
 
@@ -198,17 +192,6 @@ def test_a_block_keeps_the_activations_behind_its_convolutions():
     assert [type(m) for m in plain.act1] == [nn.ReLU, nn.Tanh] and type(plain.act2) is nn.Sigmoid
     x = torch.randn(1, 4, 5, 6)
     assert difference(plain(x), block(x)) < TOLERANCE[torch.float32]
-
-
-def test_what_computes_something_else_is_left_alone():
-    class Mine(MergedConv2d):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    other = MergedConv2d(2, 2, 1)
-    other.forward = torch.sin
-    plain = to_plain(nn.Sequential(Mine(2, 2, 1), other))
-    assert type(plain[0]) is Mine and type(plain[1]) is MergedConv2d
 
 
 def test_a_model_that_is_not_merged(model):

@@ -16,7 +16,6 @@ from timm.utils import reparameterize_model
 
 from timm_smpconv import prepack
 from timm_smpconv.layers.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
-from timm_smpconv.layers.rep_conv import ConvNorm, RepSMPConv2d
 from timm_smpconv.ops import dense, fused, use_backend
 from timm_smpconv.ops.dispatch import cpu, timing
 
@@ -157,21 +156,6 @@ def test_narrow_bfloat16_is_not_convolved_by_onednn(memory_format, monkeypatch):
     assert [way for way, _ in conv.kept._fastest.values()] == ['fft']
 
 
-@torch.no_grad()
-def test_arguments_by_name(clock):
-    class Named(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = convolution('depthwise')[0]
-
-        def forward(self, x):
-            return self.conv(residual=x, x=x)
-
-    model, x = Named().eval(), convolution('depthwise')[1]
-    assert difference(prepack(model, x)(x), exact(model.conv, x, x)) < TOLERANCE[torch.float32]
-    assert len(model.conv.kept._fastest) == 1
-
-
 def test_nothing_is_measured_where_a_backend_is_requested():
     conv = MergedLargeConv2d(3, 5, (9, 17)).eval()
     with use_backend('native'):
@@ -180,29 +164,21 @@ def test_nothing_is_measured_where_a_backend_is_requested():
 
 
 @torch.no_grad()
-def test_a_way_that_is_wrong_is_left_out(clock, monkeypatch, caplog):
+@pytest.mark.parametrize('fails,reason', [(True, 'no memory'), (False, 'it differs from F.conv2d')])
+def test_a_way_that_is_wrong_or_fails_is_left_out(fails, reason, clock, monkeypatch, caplog):
     conv, x = convolution('depthwise')
     right = fused.fft.conv
-    monkeypatch.setattr(fused.fft, 'conv', lambda *args: right(*args) * 1.01)
+
+    def bad(*args):
+        if fails:
+            raise torch.OutOfMemoryError('no memory')
+        return right(*args) * 1.01
+
+    monkeypatch.setattr(fused.fft, 'conv', bad)
     clock.seconds = {'fft': 1e-3}
     with caplog.at_level(logging.WARNING):
         prepack(conv, x)
-    assert f'fft is left out for x {tuple(x.shape)}: it differs from F.conv2d' in caplog.text
-    assert difference(conv(x), exact(conv, x)) < TOLERANCE[torch.float32]
-
-
-@torch.no_grad()
-def test_a_way_that_fails_is_left_out(clock, monkeypatch, caplog):
-    conv, x = convolution('depthwise')
-
-    def fail(*args):
-        raise torch.OutOfMemoryError('no memory')
-
-    monkeypatch.setattr(fused.fft, 'conv', fail)
-    clock.seconds = {'fft': 1e-3}
-    with caplog.at_level(logging.WARNING):
-        prepack(conv, x)
-    assert f'fft is left out for x {tuple(x.shape)}: no memory' in caplog.text
+    assert f'fft is left out for x {tuple(x.shape)}: {reason}' in caplog.text
     assert difference(conv(x), exact(conv, x)) < TOLERANCE[torch.float32]
 
 
@@ -311,16 +287,6 @@ def test_convolutions_over_channels(make, shape, fastest, monkeypatch):
     seen.clear()
     assert difference(conv(x), expected) < TOLERANCE[torch.float32]
     assert set(seen) == {fastest}
-
-
-def test_one_layer_models():
-    """A merged layer alone is a model, too."""
-    layer = RepSMPConv2d(24, 13).eval()
-    x = torch.randn(1, 24, 16, 16)
-    with torch.no_grad():
-        assert difference(prepack(layer.fuse(), x)(x), layer(x)) < TOLERANCE[torch.float32]
-        norm = ConvNorm(torch.nn.Conv2d(24, 24, 1)).eval()
-        assert difference(prepack(norm.fuse(), x)(x), norm(x)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize('name,args,shape', [

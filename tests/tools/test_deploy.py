@@ -163,15 +163,6 @@ def forget_to_merge(folder):
         input_names=['image'], dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=9)},), verbose=False)
 
 
-def forget_to_normalize(folder):
-    model = onnx.load(folder / 'model.onnx')
-    for weight in model.graph.initializer:
-        if list(weight.dims) == [3, 1, 1]:  # mean and standard deviation
-            value = float(onnx.numpy_helper.to_array(weight).mean() < 0.3)  # 0 and 1
-            weight.CopyFrom(onnx.numpy_helper.from_array(np.full((3, 1, 1), value, 'float32'), weight.name))
-    onnx.save(model, folder / 'model.onnx')
-
-
 def fix_the_batch(folder):
     model = onnx.load(folder / 'model.onnx')
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
@@ -189,7 +180,6 @@ def calibrate_on_noise(folder):
     (None, None, None),
     (swap_a_weight, 'model.onnx', r'outputs differ by .* of the largest, more than 0\.0001'),
     pytest.param(forget_to_merge, 'model.onnx', r'not merged: \d+ convolutions, \d+ in', marks=pytest.mark.slow),
-    (forget_to_normalize, 'model.onnx', 'outputs differ by'),
     (fix_the_batch, 'model.onnx', 'batch 4: InvalidArgument'),
     pytest.param(calibrate_on_noise, 'model_int8.xml', '.*top-1: .* percent lost, more than', marks=pytest.mark.slow),
 ])

@@ -1,10 +1,10 @@
 """Files and folders that are written beside their place. The oracle is the disk: what is there is old or new."""
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import full_disk
 
 from timm_smpconv import _files as files
 from timm_smpconv._files import check_no_folder, written_beside
@@ -94,15 +94,9 @@ def test_an_error_or_an_interrupt_of_a_rename(folder, kind, error, when, at, mon
 
 
 def test_a_full_disk(tmp_path):
-    """Files may have 1 kB here."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     (tmp_path / 'one').write_text('old')
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(OSError, match='File too large'), written_beside(tmp_path) as new:
-            (new / 'one').write_bytes(bytes(2000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(1000), pytest.raises(OSError, match='File too large'), written_beside(tmp_path) as new:
+        (new / 'one').write_bytes(bytes(2000))
     assert content(tmp_path) == {'one': 'old'}
 
 

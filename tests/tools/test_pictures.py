@@ -66,11 +66,6 @@ def test_field_of_two_convolutions_is_that_of_their_product():
     assert field.sum().item() == pytest.approx(product.sum().item(), rel=1e-5)
 
 
-def test_field_of_nothing_is_a_pixel():
-    field = receptive_field(nn.Identity(), [torch.ones(1, 2, 5, 5)])
-    assert field[2, 2] == 2 / 2 * 2 and field.sum() == field[2, 2]  # two channels, each with a gradient of 1
-
-
 def test_field_is_a_mean_over_images_of_absolute_gradients():
     """F = x² has the gradient 2x: 2, and -6 of a negative one, whatever the batches."""
     square = type('Square', (nn.Module,), {'forward': lambda self, x: x * x})()
@@ -85,16 +80,6 @@ def test_field_of_a_model_of_another_dtype(dtype):
     conv.weight = torch.nn.Parameter(torch.arange(1., 10.).view(1, 1, 3, 3))
     field = receptive_field(conv.to(dtype), [torch.ones(1, 1, 5, 5)])
     assert torch.equal(field[1:4, 1:4], torch.arange(1., 10.).view(3, 3).double())
-
-
-def test_field_of_images_made_in_inference_mode():
-    conv, image = nn.Conv2d(1, 2, 3, padding=1), torch.randn(1, 1, 7, 7)
-    nn.init.constant_(conv.bias, 10.)  # all features are on
-    expected = receptive_field(conv, [image])
-    with torch.inference_mode():
-        images = [image.clone()]
-        assert torch.equal(receptive_field(conv, images), expected)
-    assert torch.equal(receptive_field(conv, images), expected)
 
 
 def test_field_ignores_features_that_are_off():
@@ -188,7 +173,6 @@ class Infinite(nn.Module):
 @pytest.mark.parametrize('model,images,message', [
     (nn.Identity(), [], 'images must hold at least one batch, got none'),
     (nn.Identity(), [torch.ones(3, 5, 5)], r'must be batches \(B, C, H, W\) of one size, got \(3, 5, 5\)'),
-    (nn.Flatten(), [torch.ones(1, 1, 5, 5)], r'model must have a last map.*got \[1, 25\] from Flatten'),
     (nn.Flatten(2), [torch.ones(1, 1, 5, 5)], r'model must have a last map.*got \[1, 1, 25\] from Flatten'),
     (nn.ReLU(), [-torch.ones(1, 1, 5, 5)], 'finite gradient .* not zero, got zero everywhere'),
     (Infinite(), [torch.ones(1, 1, 5, 5)], 'got infinity or NaN'),
@@ -223,8 +207,7 @@ def test_squares_of_a_known_map():
 
 
 @pytest.mark.parametrize('field,share,message', [
-    (torch.zeros(3, 3), 0.5, 'field must be'), (-torch.ones(3, 3), 0.5, 'field must be'),
-    (torch.ones(3), 0.5, 'field must be'), (torch.ones(3, 3), 0., 'share must be'),
+    (torch.zeros(3, 3), 0.5, 'field must be'), (torch.ones(3), 0.5, 'field must be'),
     (torch.ones(3, 3), 2, 'share must be'),
 ])
 def test_squares_of_what_is_no_field(field, share, message):
@@ -285,33 +268,17 @@ def test_picture_of_a_sequence_kernel_shows_a_point_where_its_curve_is():
 
 @pytest.mark.parametrize('channels,groups,channel,entry', [(2, 2, 1, (1, 0)), (3, 1, 2, (0, 2))])
 def test_picture_shows_what_is_rendered(channels, groups, channel, entry):
-    """A radius out of its range, and the average over points, as the network computes with them.
+    """A radius out of its range, the average over points, and another size, as the network computes with them.
 
     Of a kernel over channels an output and its first input; of a depthwise kernel a channel.
     """
-    kernel = SMPKernel(channels, (17,), 3, groups=groups, average=True)
+    kernel = SMPKernel(channels, (17,), 3, groups=groups, average=True).resize((33,))
     with torch.no_grad():
         kernel.radius[-1, 0] = -1.
     picture = picture_of(kernel, channel)
-    expected = kernel_loop(kernel.coords, kernel.radius.clamp(1e-3, 1), kernel.weight, (17,), average=True)[entry]
+    expected = kernel_loop(kernel.coords, kernel.radius.clamp(1e-3, 1), kernel.weight, (33,), average=True)[entry] / 2
     assert difference(picture.kernel, expected) < TOLERANCE[torch.float32] and picture.points.radius.min() > 0
     assert torch.equal(picture.points.weight, kernel.weight[entry].detach())
-
-
-def test_picture_of_a_resized_kernel_shows_what_is_rendered():
-    kernel = SMPKernel(2, (9, 9), 5)
-    kernel.resize((17, 17))
-    expected = kernel_loop(kernel.coords, kernel.radius, kernel.weight, (17, 17))[0, 1] / 4  # a quarter of the area
-    assert difference(picture_of(kernel, 1).kernel, expected) < TOLERANCE[torch.float32]
-
-
-def test_pictures_do_not_follow_the_training():
-    kernel = SMPKernel(1, (9, 9), 5)
-    picture = picture_of(kernel)
-    coords = picture.points.coords.clone()
-    with torch.no_grad():
-        kernel.coords.add_(1)
-    assert torch.equal(picture.points.coords, coords)
 
 
 def test_kernels_of_a_network_and_of_the_merged_one():
@@ -353,11 +320,6 @@ def test_kernels_of_other_families(name, kwargs):
 def test_kernels_that_are_not_there(kwargs, message):
     with pytest.raises(ValueError, match=message):
         find_kernels(small_model(), **kwargs)
-
-
-def test_a_network_without_kernels():
-    with pytest.raises(ValueError, match='model must have SMP kernels, got ResNet without'):
-        find_kernels(timm.create_model('resnet10t', device='meta'))
 
 
 # Motion
@@ -429,16 +391,6 @@ def test_images_are_found_and_read(tmp_path):
 
 
 # Checkpoints
-
-
-def test_folders_are_no_images_and_large_ones_are_refused(tmp_path, monkeypatch):
-    (tmp_path / 'a.png').mkdir()
-    Image.new('L', (20, 20)).save(tmp_path / 'b.png')
-    files = find_images(tmp_path)
-    assert [p.name for p in files] == ['b.png']
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # an error from twice as many on
-    with pytest.raises(ValueError, match=r'images must be files that Pillow reads, got .*b.png: Image size'):
-        list(read_images(files, small_model(), 64))
 
 
 @pytest.mark.parametrize('name,kwargs', [
@@ -542,15 +494,12 @@ FIELD = ['receptive-field', 'smpconv_tiny', '--images', 'images', '--image-size'
 @pytest.mark.parametrize('arguments,status,message', [
     (['kernels', 'smpconv_tinny'], 2, "MODEL must be a name that timm.list_models() lists, got 'smpconv_tinny'"),
     (['kernels', 'resnet10t'], 2, 'model must have SMP kernels, got ResNet without'),
-    (['kernels', 'smpconv_tiny', '--stage', '9'], 2, 'stages must be among 0, 1, 2, 3, got 9'),
     (['kernels', 'smpconv_tiny', '--checkpoint', 'none.pth'], 1, "file must exist, got 'none.pth'"),
     (['kernels', 'smpconv_tiny', '--pretrained'], 1, 'must have weights that can be loaded: there are none'),
-    (['kernels', 'smpconv_tiny', '--out', 'images/0.png/a.png'], 1, '0.png must be a folder or a new one, got a '),
     (['kernels', 'smpconv_tiny', '--out', 'folder.png'], 1, 'folder.png must be a file or not exist, got a folder'),
     ([*FIELD[:3], 'empty', '--image-size', '32'], 2, 'files *.png, *.jpg or *.jpeg in it or below, got empty'),
     ([*FIELD[:3], 'none', '--image-size', '32'], 2, 'images must be in a folder, got none'),
     ([*FIELD[:3], 'broken'], 2, f'images must be files that Pillow reads, got {Path("broken/a.png")}'),
-    ([*FIELD[:3], 'a' * 300], 1, 'File name too long'),
     ([*FIELD[:3], 'large'], 2, f'images must be files that Pillow reads, got {Path("large/a.png")}: Image size (4000'),
     ([*FIELD, '--checkpoint', 'a', 'b'], 2, '--checkpoint must name one file for each MODEL, got 2 for 1'),
     (['receptive-field', 'smpconv_tcn_ct', *FIELD[2:]], 2, 'smpconv_tcn_ct with images of 32x32: x must have'),
@@ -574,7 +523,6 @@ def test_bad_input_is_one_sentence_and_writes_nothing(small, arguments, status, 
 
 @pytest.mark.parametrize('arguments,message', [
     (['kernels', 'smpconv_tiny', '--out', 'a.gif'], "--out: must be a file whose name ends in .png or .svg, got 'a.g"),
-    (['kernels', 'smpconv_tiny', '--out', '.png'], "--out: must be a file whose name ends in .png or .svg, got '.png"),
     (['kernels', 'smpconv_tiny', '--channels', '-1'], '--channels: must be an integer from 0'),
     (['receptive-field', 'smpconv_tiny'], 'the following arguments are required: --images'),
     ([], 'the following arguments are required: picture'),
@@ -583,23 +531,3 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(['picture', *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_without_the_extra(small, capsys, monkeypatch):
-    monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
-    monkeypatch.delitem(__import__('sys').modules, 'timm_smpconv.tools.pictures')
-    monkeypatch.delattr('timm_smpconv.tools.pictures')
-    assert main(['picture', 'kernels', 'smpconv_tiny']) == 1
-    assert capsys.readouterr().err == (
-        'timm-smpconv picture kernels: matplotlib is missing; it comes with the extra "demo"\n')
-    assert listed() == []
-
-
-def test_an_interrupt_leaves_nothing(small, capsys, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pictures, 'find_kernels', interrupted)
-    assert main(['picture', 'kernels', 'smpconv_tiny']) == 130
-    assert capsys.readouterr().err == '\ntimm-smpconv picture kernels: interrupted\n'
-    assert listed() == []

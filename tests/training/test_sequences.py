@@ -14,7 +14,7 @@ import sklearn.model_selection
 import timm
 import torch
 from conftest import difference
-from data_folders import accept_cifar10, write_characters, write_cifar10, write_mnist, write_wav, write_words
+from data_folders import accept_cifar10, crops, write_characters, write_cifar10, write_mnist, write_wav, write_words
 
 from timm_smpconv.__main__ import main
 from timm_smpconv.training import sequences
@@ -96,15 +96,6 @@ def test_mnist_is_rotated_shifted_and_scaled(mnist):
     assert 0.45 < area.min() < 0.65 and area.max() < 1.3  # 0.75² = 0.56, in whole pixels
 
 
-def crops(image):
-    """All crops of an image (32, 32, 3) padded by 4, and of its mirror image: (162, 3, 32, 32)."""
-    found = []
-    for flipped in (image, image[:, ::-1]):
-        padded = np.pad(flipped, ((4, 4), (4, 4), (0, 0)))
-        found += [padded[i:i + 32, j:j + 32] for i in range(9) for j in range(9)]
-    return torch.from_numpy((np.stack(found) / 255 - IMAGENET[0]) / IMAGENET[1]).permute(0, 3, 1, 2).float()
-
-
 def test_cifar10(cifar10):
     folder, ((images, _), (test_images, labels)) = cifar10
     data = sequences.SequentialCIFAR10(folder)
@@ -113,7 +104,8 @@ def test_cifar10(cifar10):
     for name in ('validation', 'test'):
         assert difference(found[name][0], expected) < 1e-6 and found[name][1].tolist() == labels
     assert found['train'][1].tolist() == [*range(10)] * 2
-    expected, which = crops(images[3]), set()
+    expected = (crops(images[3]) / 255 - IMAGENET[0]) / IMAGENET[1]
+    expected, which = torch.from_numpy(expected).permute(0, 3, 1, 2).float(), set()
     for _ in range(120):
         errors = (expected - data.parts['train'][3][0]).abs().amax((1, 2, 3))
         assert errors.min() < 1e-5
@@ -200,8 +192,6 @@ def test_an_empty_folder(tmp_path, kind, needs):
 @pytest.mark.parametrize('damage, reason', [
     (lambda raw: (raw / 't10k-labels-idx1-ubyte.gz').unlink(),
      'there is no t10k-labels-idx1-ubyte and no t10k-labels-idx1-ubyte.gz'),
-    (lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(b'no gzip'),
-     'train-images-idx3-ubyte.gz is damaged: Not a gzipped file'),
     (lambda raw: (raw / 'train-images-idx3-ubyte.gz').write_bytes(
         (raw / 'train-images-idx3-ubyte.gz').read_bytes()[:-100]), 'train-images-idx3-ubyte.gz is damaged: Compressed'),
     (lambda raw: (raw / 'train-images-idx3-ubyte').write_bytes(
@@ -209,12 +199,9 @@ def test_an_empty_folder(tmp_path, kind, needs):
      'train-images-idx3-ubyte is damaged: it has 15695 bytes, and 15696 by its header'),  # 16 + 20 · 28 · 28
     (lambda raw: (raw / 'train-labels-idx1-ubyte').write_bytes(
         gzip.decompress((raw / 't10k-labels-idx1-ubyte.gz').read_bytes())), r'\(20, 28, 28\) images and 10 labels'),
-    (lambda raw: (raw / 'train-labels-idx1-ubyte').write_bytes(
-        gzip.decompress((raw / 'train-images-idx3-ubyte.gz').read_bytes())),
-     r'train-labels-idx1-ubyte is not an idx file of bytes in 1 dimension'),
     (lambda raw: (raw / 'train-images-idx3-ubyte').write_bytes(b''),
      r'train-images-idx3-ubyte is not an idx file of bytes in 3 dimension'),
-], ids=['missing', 'no gzip', 'short gzip', 'short', 'other labels', 'images', 'empty'])
+], ids=['missing', 'short gzip', 'short', 'other labels', 'empty'])
 def test_damaged_mnist(mnist, damage, reason):
     raw = mnist[0] / 'MNIST' / 'raw'
     damage(raw)
@@ -254,8 +241,6 @@ def test_damaged_cifar10(cifar10, damage, reason):
 
 @pytest.mark.parametrize('old, new, reason', [
     (',', ',?,', 'series 0 of CharacterTrajectories_TEST.ts is empty, or holds NaN or infinity'),
-    (',', ',NaN,', 'series 0 of CharacterTrajectories_TEST.ts is empty, or holds NaN or infinity'),
-    (',', ',inf,', 'series 0 of CharacterTrajectories_TEST.ts is empty, or holds NaN or infinity'),
     (',', ',nonsense,', 'nonsense'),
     ('@data', '', 'TEST.ts is no .ts file of labelled series: '),
     ('@classLabel true 1 2 3', '@classLabel false', 'TEST.ts is no .ts file of labelled series: '),
@@ -279,7 +264,6 @@ def cut(file):
 
 
 @pytest.mark.parametrize('damage, reason', [
-    (lambda file: file.write_bytes(b'RIFF'), 'yes/00000001_nohash_0.wav is damaged'),
     (cut, 'yes/00000001_nohash_0.wav is damaged: Reached EOF'),
     (lambda file: write_wav(file, np.zeros(16_000), rate=8000), 'yes/00000001_nohash_0.wav has 8000 Hz'),
     (lambda file: [path.unlink() for path in file.parent.iterdir()], 'there is no WAV file in yes'),
@@ -361,28 +345,9 @@ def test_without_warm_up_the_cosine_starts_at_the_peak():
     assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)
 
 
-def test_no_end_of_training_is_refused():
-    module = sequences.SequenceClassifier('smpconv_tcn_smnist', SMALL)
-    module.trainer = SimpleNamespace(estimated_stepping_batches=math.inf, max_epochs=-1)
-    with pytest.raises(ValueError, match='max_epochs must be at least 1, got -1'):
-        module.configure_optimizers()
-
-
 def command(name, *args, verb='fit'):
     """Run the real command in this process; the current folder takes its output."""
     return main(['sequence', verb, '--config', str(recipe_path(name)), *map(str, args)])
-
-
-@pytest.mark.parametrize('args, message', [
-    (['fit', '--config', 'smpconv_tcn_ct', '--data-dir', '.'], 'data_dir must hold CharacterTrajectories_TRAIN.ts'),
-    (['fit', '--config', 'smpconv_tcn_ct', '--data-dir', '.', '--model.weights', 'none.pt'], 'none.pt'),
-])
-def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, args, message):
-    monkeypatch.chdir(tmp_path)
-    args = [str(recipe_path(arg)) if arg == 'smpconv_tcn_ct' else arg for arg in args]
-    assert main(['sequence', *args, '--data.num_workers', '0', *ON_CPU]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith('timm-smpconv sequence: ') and message in line for line in lines)
 
 
 @pytest.mark.parametrize('args, message', [
@@ -519,17 +484,14 @@ def test_data_that_do_not_fit_the_model(tmp_path, monkeypatch, capsys, name, mod
 
 @pytest.mark.parametrize('args, message', [
     (['--model.lr', '-1'], 'lr must be positive and finite, got -1.0'),
-    (['--model.min_lr', '0'], 'min_lr must be positive and finite, got 0.0'),
+    (['--model.weights', 'none.pt'], 'none.pt'),
     (['--model.name', 'nix'], 'Unknown model (nix)'),
     (['--model.model_args.depht', '3'], "unexpected keyword argument 'depht'"),
     (['--data.batch_size', '0'], 'batch_size must be at least 1, got 0'),
-    (['--data.num_workers', '-1'], 'num_workers must be at least 0, got -1'),
     (['--trainer.max_epochs', '-1'], 'max_epochs must be at least 1, got -1'),
-    (['--trainer.max_epochs', '-2'], '`max_epochs` must be a non-negative integer or -1'),
-    (['--trainer.accelerator', 'nix'], 'invalid accelerator name'),
     (['--ckpt_path', 'nowhere'], "file must exist, got 'nowhere'"),
     (['--ckpt_path', __file__], 'file must be an undamaged weights-only checkpoint'),
-    (['--data-dir', ''], '--data-dir must be the folder of the data, got none'),
+    ([], 'data_dir must hold CharacterTrajectories_TRAIN.ts'),
 ])
 def test_wrong_options(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)

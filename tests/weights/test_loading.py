@@ -1,59 +1,15 @@
-"""`load_state_dict` of a model, of a layer, and of what holds one; merged and unmerged checkpoints."""
-import copy
+"""`load_state_dict` of a model: dtypes, models without values, merged and unmerged checkpoints.
 
+What is loaded into points: tests/layers/test_kernel.py.
+"""
 import pytest
 import torch
 from conftest import small_model
 from test_checkpoint import load_small, same
 from timm.utils import reparameterize_model
 
-from timm_smpconv import CheckpointError, RepSMPConv2d
-from timm_smpconv.layers.rep_conv import RepSMPConv1d
-from timm_smpconv.weights import checkpoint
+from timm_smpconv import CheckpointError
 from timm_smpconv.weights.checkpoint import checkpoint_filter_fn
-
-HOLDERS = {
-    'net': small_model,
-    'features_only': lambda: small_model(features_only=True),
-    'copy of features_only': lambda: copy.deepcopy(small_model(features_only=True)),
-    'data parallel': lambda: torch.nn.DataParallel(small_model()),
-    'within': lambda: torch.nn.Sequential(small_model(), torch.nn.Linear(10, 2)),
-    'a layer': lambda: RepSMPConv2d(4, 7),
-    'a layer of sequences': lambda: RepSMPConv1d(4, 4, 7),
-    'a layer within': lambda: torch.nn.Sequential(RepSMPConv2d(4, 7), torch.nn.Conv2d(4, 2, 1)),
-}
-
-
-@pytest.fixture(scope='module', params=HOLDERS)
-def holder(request):
-    """A model, or what holds one."""
-    return HOLDERS[request.param]()
-
-
-def changed(state, end, change):
-    """The state with its last entry of that name changed."""
-    key = [k for k in state if k.endswith(end)][-1]
-    return dict(state, **{key: change(state[key])}), key
-
-
-@pytest.mark.parametrize('strict', [True, False])
-def test_points_that_are_not_finite_are_never_loaded(strict, holder):
-    before = copy.deepcopy(holder.state_dict())
-    for end in 'kernel.radius', 'kernel.coords':
-        for number in float('nan'), float('inf'), -float('inf'):
-            state, key = changed(before, end, lambda v, number=number: torch.where(v == v.flatten()[-1], number, v))
-            with pytest.raises(RuntimeError, match=f'{key} must be finite everywhere, got {number}'):
-                holder.load_state_dict(state, strict=strict)
-            assert torch.equal(holder.state_dict()[key], before[key])
-
-
-@pytest.mark.parametrize('strict', [True, False])
-def test_points_out_of_range_are_loaded(strict, holder):
-    for end in 'kernel.radius', 'kernel.coords':
-        for number in 0., -1., 5.:
-            state, _ = changed(holder.state_dict(), end, lambda v, number=number: torch.full_like(v, number))
-            holder.load_state_dict(state, strict=strict)
-            assert same(holder.state_dict(), state)
 
 
 def test_real_dtypes_that_differ_are_converted(model):
@@ -86,16 +42,3 @@ def test_merged_and_unmerged_checkpoints_are_not_mixed_up(tmp_path, model):
             load_small(dict(file=str(merged_file)), num_classes=num_classes)
         with pytest.raises(CheckpointError, match=into_merged):
             load_small(dict(file=str(unmerged_file)), num_classes=num_classes, inference_mode=True)
-
-
-def test_one_load_of_a_checkpoint_checks_and_renames_it_once(file, monkeypatch):
-    renamed, states = [], []
-    rename, state_dict = checkpoint._rename, torch.nn.Module.state_dict
-    monkeypatch.setattr(checkpoint, '_rename', lambda key: renamed.append(key) or rename(key))
-    monkeypatch.setattr(
-        torch.nn.Module, 'state_dict', lambda module, *args, **kwargs: (
-            states.append(module) if not kwargs else None, state_dict(module, *args, **kwargs))[1])
-    model = small_model(shake=False)
-    filtered = checkpoint_filter_fn(torch.load(file), model)
-    model.load_state_dict(filtered)
-    assert len(renamed) == len(filtered) and states == [model]

@@ -19,7 +19,7 @@ import pytest
 import reference_smp
 import torch
 import yaml
-from conftest import TOKENS, difference
+from conftest import TOKENS, difference, interrupt
 from drive_server import DriveServer, File
 from hub_server import HubServer
 from huggingface_hub import constants
@@ -98,10 +98,6 @@ def test_publishing_a_folder_privately_again_on_a_branch_and_after_an_error(serv
     server.repositories[REPO].private = False
     status, _, err = run(*command)
     assert status == 2 and 'which is public' in err
-
-
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
 
 
 def test_an_interrupt(folder, run, monkeypatch):
@@ -214,15 +210,6 @@ def test_a_file_that_the_drive_does_not_send(run, table, tmp_path, monkeypatch):
     status, _, err = run('--only', TINY, '--org', 'timm-smpconv', '--work', tmp_path / 'work')
     assert status == 1 and len(err.splitlines()) == 1
     assert err.endswith(f'takes the file from elsewhere, and publish.py from {tmp_path}/work/{TINY}.pth\n')
-
-
-def test_a_full_disk(run, table, without_networks, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError('the disk is full')
-
-    monkeypatch.setattr(publish, 'convert', fail)
-    status, _, err = run('--only', TINY, '--org', 'timm-smpconv', '--upload', '--work', tmp_path / 'work')
-    assert status == 1 and err == 'publish: the disk is full\n'
 
 
 LOAD = '''
