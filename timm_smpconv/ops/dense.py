@@ -41,8 +41,8 @@ def causal_conv1d(
 
     The errors of an FFT are relative to the largest value of the sequence, later samples included. An eager call on a
     CPU without backend='fft' therefore computes outputs again that see, in the K samples up to their own, less than a
-    16th of that value: by FFT, without the larger ones. In float32, the error of an output is then less than 1e-5 of
-    the largest value that it sees (times the norm of its weights), unless that is below 1e-7 of the sequence's.
+    16th of that value, without the larger ones. In float32, the error of an output is then less than 1e-5 of the
+    largest value that it sees (times the norm of its weights), unless that is below 1e-7 of the sequence's.
 
     Args:
         x: (B, I, L).
