@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import small_model
+from conftest import interrupt, small_model
 from reference import kernel_loop
 from timm.models import resume_checkpoint
 from timm.optim import Lookahead, create_optimizer_v2
@@ -724,3 +724,15 @@ def test_six_updates_are_the_authors(accumulate, form):
         torch.testing.assert_close(param, params[name], rtol=1e-6, atol=1e-12)
     for name, param in ema.module.named_parameters():
         torch.testing.assert_close(param, average[name], rtol=1e-6, atol=1e-12)
+
+
+def test_a_step_that_raises_leaves_the_groups_as_they_were():
+    optimizer = SMPAdamW(net_with(3), weight_decay=0.05)
+    state = optimizer.state_dict()
+    optimizer.register_step_pre_hook(interrupt)  # behind that of the rules
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert optimizer.state_dict() == state
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    optimizer.load_state_dict(state)

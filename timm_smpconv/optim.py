@@ -194,6 +194,7 @@ class _PointRules:
             vars(optimizer)['point_rules'] = self
             optimizer.register_step_pre_hook(torch.compiler.disable(self.before_step))
             optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))
+            optimizer.register_state_dict_pre_hook(self.join)  # a step may have raised
             optimizer.register_load_state_dict_pre_hook(self.join_groups)
 
     def has_radii(self) -> bool:
@@ -262,6 +263,7 @@ class _PointRules:
 
     def join_groups(self, optimizer: Optimizer, state_dict: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """Join the groups of a state that an earlier version saved, which split each as `_split` does."""
+        self.join(optimizer)
         self.find(optimizer)
         saved = state_dict['param_groups']
         split = [_split(group, self.kinds) for group in optimizer.param_groups]
@@ -302,7 +304,6 @@ class SMPAdam(torch.optim.Adam):
             radius_lr_scale: float = 0.1,
             **kwargs: Any,
     ):
-        _check_scale(radius_lr_scale)
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, lr=lr, **kwargs)
         add_point_rules(self, radius_lr_scale=radius_lr_scale)
 

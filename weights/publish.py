@@ -64,6 +64,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     wanted = 'repo_id' if args.folder else 'org'
     if getattr(args, wanted) is None:
         parser.error(f'--{wanted.replace("_", "-")} is required with {"DIR" if args.folder else "--all and --only"}')
+    if args.org if args.folder else args.repo_id or args.revision != 'main':
+        parser.error('--repo-id and --revision go with DIR, --org goes with --all and --only')
     return status_of('publish', partial(run, args))
 
 

@@ -1,12 +1,9 @@
 """Files and folders that are written beside their place. The oracle is the disk: what is there is old or new."""
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import full_disk
 
-from timm_smpconv import _files as files
 from timm_smpconv._files import check_no_folder, written_beside
 
 OLD = dict.fromkeys(('one', 'two'), 'old')
@@ -124,23 +121,3 @@ def test_a_folder_in_the_place_of_a_file(tmp_path):
     with pytest.raises(OSError, match='one'):
         replace(tmp_path, 'files')
     assert content(tmp_path) == {'one': 'old'}
-
-
-# Loads files.py alone, which takes milliseconds where the package takes seconds.
-WRITER = f'''
-import importlib.util, sys
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("files", {files.__file__!r})
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
-for i in range(200):
-    with files.written_beside(Path(sys.argv[1])) as new:
-        (new / "one").write_text(sys.argv[2] * 1000)
-'''
-
-
-def test_two_processes_at_once(tmp_path):
-    folder = tmp_path / 'folder'
-    processes = [subprocess.Popen([sys.executable, '-c', WRITER, str(folder), tag]) for tag in ('a', 'b')]
-    assert [process.wait(60) for process in processes] == [0, 0]
-    assert (folder / 'one').read_text() in ('a' * 1000, 'b' * 1000) and content(folder).keys() == {'one'}

@@ -144,7 +144,8 @@ def _add_deploy(commands: Any) -> None:
         'model', nargs='?', metavar='MODEL', help='a model of timm, or module:function that returns a network')
     deploy.add_argument('--out', type=Path, metavar='DIR', help='the folder for the files')
     deploy.add_argument(
-        '--check', type=Path, metavar='DIR', help='compare and measure the files of DIR again, on this machine')
+        '--check', type=Path, metavar='DIR',
+        help='compare and measure the files of DIR again, on this machine, with --batch, --threads and --json')
     deploy.add_argument('--checkpoint', type=Path, metavar='FILE', help='its weights, by default the initial ones')
     deploy.add_argument(
         '--pretrained', action='store_true', help='without --checkpoint: the weights that timm downloads')

@@ -8,14 +8,19 @@ import html
 import re
 import threading
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable, List, Optional, Tuple
+from urllib.request import getproxies
 
 from .._errors import DataError
 
-__all__ = ['download', 'parts']
+__all__ = ['download', 'parts', 'timeout']
 
-TIMEOUT = (1.3, 60)  # seconds until there is a connection, and without a byte
 PATIENCE = 120  # seconds until the file begins: gdown would follow for ever a page that leads to itself (its issue 26)
+
+
+def timeout(answer: float) -> Tuple[float, float]:
+    """Seconds until there is a connection, and `answer`, those without a byte: soon without a network."""
+    return (10 if getproxies() else 1.3), answer  # libraries count a proxy's answer to the connection
 
 
 def download(url: str, path: Path, progress: Callable[[int, Optional[int]], None]) -> None:
@@ -52,7 +57,7 @@ def download(url: str, path: Path, progress: Callable[[int, Optional[int]], None
             before = _size(path)
             try:
                 gdown.download(  # no cookies: they would be written to the home folder
-                    url, str(path), quiet=True, use_cookies=False, resume=True, timeout=TIMEOUT, progress=show,
+                    url, str(path), quiet=True, use_cookies=False, resume=True, timeout=timeout(60), progress=show,
                     cancel=cancel)
                 return
             except DataError:
@@ -63,7 +68,7 @@ def download(url: str, path: Path, progress: Callable[[int, Optional[int]], None
                 if cancel.is_set():
                     reason = f'no file came within {PATIENCE} seconds'
                 elif isinstance(error, (requests.ConnectionError, requests.Timeout)):
-                    reason = 'there is no connection to it'
+                    reason = f'there is no connection to it ({type(error).__name__})'  # also a proxy's or certificate's
                 elif isinstance(error, FileURLRetrievalError):
                     reason = _first_sentence(error.__context__ or error)  # the drive's, without gdown's advice around
                 elif isinstance(error, DownloadError) and before:

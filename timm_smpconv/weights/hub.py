@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .._errors import DataError
 from .._files import written_beside
 from .checkpoint import CheckpointError, checkpoint_filter_fn, count_classes, read_checkpoint, select_weights
-from .drive import download, parts
+from .drive import download, parts, timeout
 
 __all__ = [
     'AUTHORS', 'SOURCES', 'cache_folder', 'cached_file', 'download_authors', 'fetch', 'fetch_authors', 'file_sha256',
@@ -38,7 +38,6 @@ AUTHORS = 'https://github.com/sangnekim/SMPConv'  # the url of cfgs whose weight
 FILE = 'model.safetensors'
 SOURCES = Path(__file__).parent / 'sources.yaml'
 _LOCATIONS = ('state_dict', 'file', 'hf_hub_id', 'url')  # in timm's order of preference
-_TIMEOUT = (1.3, 10)  # seconds until there is a connection to the Hub, and until it answers
 # The client's own errors, those of its HTTP library, which depends on its version, and those of hf_xet.
 _CLIENT_ERRORS: Tuple[Type[Exception], ...] = (
     OSError, RuntimeError, EntryNotFoundError,
@@ -272,11 +271,11 @@ def _from_hub(hub_id: str, cfg: PretrainedCfg, cache_dir: _Folder) -> Optional[P
     try:
         if not try_to_load_from_cache(repo, name, cache_dir, revision or None):
             # Whatever it answers: without an answer hf_hub_download would try five times, half a minute in all.
-            get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)  # type: ignore[arg-type]  # requests' and httpx's
+            get_session().head(constants.ENDPOINT, timeout=timeout(10))  # type: ignore[arg-type]  # requests' and httpx's
         return Path(hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir))
     except _CLIENT_ERRORS as error:
         absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-        if absent and cfg.source == 'hf-hub':
+        if absent and cfg.hf_hub_id:
             return None  # timm knows which other names to try
         raise CheckpointError(
             f'could not download the weights: tried {name} of {hub_id} at {constants.ENDPOINT} and in the cache '

@@ -1,17 +1,18 @@
 """`timm-smpconv deploy`: merge, export, quantise, compare, measure, report.
 
 Each file is written and compared in a folder beside its place. It is then renamed to its name, or to its name with the
-suffix `.wrong`.
+suffix `.wrong`. `check` renames nothing: what is wrong on one machine may be right on another.
 """
 import json
 import logging
+import shutil
 import textwrap
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Generator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Generator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -23,14 +24,14 @@ from ..._files import written_beside
 from ...ops.dispatch.timing import timing
 from ..backend_report import machine
 from . import verify
-from .data import Inputs, read_images, samples
+from .data import Inputs, read_data, samples
 from .engines import ENGINES, PRECISIONS
 from .network import Network, Outputs, Run, Source, count_convolutions, tensors
 from .report import Row, readme, table
 
 __all__ = ['Options', 'check', 'deploy']
 
-KEPT = 16e6  # bytes of inputs and outputs that stay for `--check`
+KEPT = 200e6  # bytes of inputs and outputs that stay for `--check`: 1,000 images of 224×224
 ROUNDS, SECONDS = 15, 60  # of timing
 
 Runs = Dict[int, Run]  # by the size of the batch
@@ -95,7 +96,7 @@ def deploy(
         options: See `Options`.
         engines: Of `ENGINES`, or what comes before a hyphen there: 'torch' means five.
         precisions: Of `PRECISIONS`.
-        data: Images, see `read_images`.
+        data: Images, see `read_data`.
         calibration: How many of them to calibrate with.
         limit: How many of them to measure on.
 
@@ -120,7 +121,7 @@ def deploy(
 
         test = _prepare(source, given, max(options.batch), data, calibration, limit)
         runs: List[Runs] = [dict.fromkeys(options.batch, given)]
-        done: Dict[str, float] = {}
+        done: Dict[str, Row] = {}
         for row in rows:
             bar.update()
             bar.set_description(f'{row.file}, {row.title}, {row.precision}')
@@ -158,14 +159,19 @@ def _prepare(
         inputs = samples(network)
     else:
         limit = limit or (1000 if network.task == 'classification' else 64)
-        images, inputs, classes = read_images(data, network, calibration, limit)
+        images, inputs, classes = read_data(data, network, calibration, limit)
         network = source.network = network._replace(classes=classes or network.classes)
         source.calibration = images if network.preprocess == 'in-graph' else network.normalize(images)
-    expected = verify.outputs(lambda x: given(network.normalize(x)), inputs.x, batch)
-    if inputs.labels is not None and len(network.classes) != expected[0].shape[1]:
+    try:
+        expected = verify.outputs(lambda x: given(network.normalize(x)), inputs.x, batch)
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f'--data must have a folder for each of the {expected[0].shape[1]} classes of the network, got '
-            f'{len(network.classes)}')
+            f'the network must take inputs of {tuple(network.input_size)}, which --image-size changes, got: '
+            f'{_short(error)}') from error
+    count = max(2, expected[0].shape[1])  # one output tells two classes apart
+    if inputs.labels is not None and len(network.classes) != count:
+        raise ValueError(
+            f'--data must have a folder for each of the {count} classes of the network, got {len(network.classes)}')
     try:
         convolutions = count_convolutions(source.program('float32'))
     except Exception:  # the engines that need the graph say why
@@ -212,29 +218,28 @@ def check(folder: Path, batch: Optional[Sequence[int]]) -> Tuple[str, Dict[str, 
     test = Test(network, inputs, expected, report['convolutions'])
     rows = [Row(row.engine, row.precision, row.file, row.megabytes) for row in old]
     runs: List[Runs] = []
-    seen: Set[str] = set()
     with _quiet(), tqdm(rows, unit='row') as bar:
         for row in bar:
             bar.set_description(f'{row.file}, {row.title}, {row.precision}')
             row.why = ENGINES[row.engine].unsupported(network, row.precision) or ''
-            first = row.file not in seen
-            seen.add(row.file)
             runs.append({} if row.why else _examine(row, folder / row.file, test, options))
-            if row.failed and first:
-                _mark_wrong(row, folder, folder)
         _measure(rows, runs, test, options)
     report.update(machine=machine(), **options._asdict(), rows=[asdict(row) for row in rows])
     return table(rows, options.max_drop), report
 
 
-def _make(source: Source, row: Row, test: Test, options: Options, out: Path, done: Dict[str, float]) -> Runs:
-    """Write the file of a row, unless another row did, and compare it. `done` has the sizes of the right files."""
+def _make(source: Source, row: Row, test: Test, options: Options, out: Path, done: Dict[str, Row]) -> Runs:
+    """Write the file of a row and compare it. `done` has the first row of each file, which later rows share."""
     engine = ENGINES[row.engine]
     row.why = engine.unsupported(source.network, row.precision) or ''
     if row.why:
         return {}
-    if row.file in done:
-        row.megabytes = done[row.file]
+    first = done.setdefault(row.file, row)
+    if first is not row:
+        row.megabytes = first.megabytes
+        if first.failed:
+            row.file, row.why, row.failed = first.file, first.why, True
+            return {}
         return _examine(row, out / row.file, test, options)
     try:
         with written_beside(out) as new:
@@ -244,14 +249,13 @@ def _make(source: Source, row: Row, test: Test, options: Options, out: Path, don
             if row.failed:
                 _mark_wrong(row, new, out)
             else:
-                done[row.file] = row.megabytes
-                for name in _names(row):  # an earlier one
-                    (out / f'{name}.wrong').unlink(missing_ok=True)
+                _remove(out, [f'{name}.wrong' for name in _names(row)])
             return runs
     except OSError:
         raise
     except Exception as error:  # exporters and compilers raise anything
         row.why, row.failed = f'not written: {_short(error)}', True
+        _remove(out, _names(row))
         return {}
 
 
@@ -292,8 +296,16 @@ def _mark_wrong(row: Row, folder: Path, out: Path) -> None:
     for name in _names(row):
         if (folder / name).exists():
             (folder / name).rename(folder / f'{name}.wrong')
-        (out / name).unlink(missing_ok=True)
+    _remove(out, _names(row))
     row.file += '.wrong'
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    """Delete earlier files, or folders, that are there."""
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
 
 
 def _names(row: Row) -> List[str]:

@@ -11,7 +11,7 @@ from timm.data import create_dataset, create_transform
 
 from .network import Network
 
-__all__ = ['Inputs', 'read_images', 'samples']
+__all__ = ['Inputs', 'read_data', 'samples']
 
 MODES = {1: 'L', 3: 'RGB'}
 RANDOM = 16
@@ -45,7 +45,7 @@ def samples(network: Network) -> Inputs:
     return Inputs(torch.cat([x, torch.randint(256, size, dtype=torch.uint8, generator=generator)]))
 
 
-def read_images(
+def read_data(
         folder: Path,
         network: Network,
         calibration: int,
@@ -75,12 +75,14 @@ def read_images(
     except RuntimeError as error:  # of timm, which finds none
         raise ValueError(f'--data must be a folder with images in it or below, got {folder}') from error
     parts = [part for part in (train, validation) if Path(part.reader.root) != folder]
-    whole = range(len((parts or [train])[0]))
+    if len(parts) == 1:
+        found = Path(parts[0].reader.root).name
+        raise ValueError(f'--data must have folders train and validation, or neither, got {found} alone in {folder}')
+    whole = range(len(train))
     if len(parts) == 2:
         indices: Sequence[Sequence[int]] = whole, range(len(validation))
     else:
         indices = whole[::2], whole[1::2]
-        train = validation = (parts or [train])[0]
     classes = list(train.reader.class_to_idx)
     labelled = network.task == 'classification' and '' not in classes
     if not all(indices) or (labelled and classes != list(validation.reader.class_to_idx)):

@@ -254,13 +254,12 @@ def _create(name: str, arguments: Dict[str, Any], task: str) -> nn.Module:
 
 def _function(path: str) -> Callable[[], nn.Module]:
     module, _, name = path.partition(':')
-    sys.path.insert(0, '')  # the current folder, as for `python -m`
+    if '' not in sys.path:
+        sys.path.insert(0, '')  # the current folder, as for `python -m`
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f'MODEL must be a model of timm or module:function, got {path}: {error}') from error
-    finally:
-        sys.path.remove('')
 
 
 def _version(package: str) -> Optional[str]:

@@ -94,7 +94,7 @@ def readme(network: Network, rows: Sequence[Row], text: str, machine: str) -> st
     parts = [
         f'# {network.model}\n',
         f'Written by `timm-smpconv deploy` with {", ".join(f"{k} {v}" for k, v in network.versions.items())}. '
-        f'The checkpoint has the sha256 {network.sha256}. `report.json` has all that is known of the files; ONNX and '
+        f'The weights have the sha256 {network.sha256}. `report.json` has all that is known of the files; ONNX and '
         'OpenVINO files hold it, too. `timm-smpconv deploy --check .` measures them again on another machine.\n',
         f'On {machine}:\n', f'```\n{text}\n```\n', '## An input\n', _python(_input(network))]
     for row in rows:

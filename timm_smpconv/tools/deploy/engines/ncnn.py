@@ -1,4 +1,5 @@
 """ncnn, for phones, converted by pnnx: one image at a time."""
+import shutil
 from pathlib import Path
 from typing import Optional
 
@@ -31,7 +32,7 @@ def write(source: Source, precision: str, file: Path) -> None:
     module, image = source.single()
     pnnx.export(module, str(source.folder / 'model.pt'), image, fp16=False)
     for suffix in 'param', 'bin':
-        (source.folder / f'model.ncnn.{suffix}').rename(file.with_suffix(f'.{suffix}'))
+        shutil.move(source.folder / f'model.ncnn.{suffix}', file.with_suffix(f'.{suffix}'))  # to another disk, perhaps
 
 
 def load(network: Network, file: Path, precision: str, batch: int) -> Run:
