@@ -193,10 +193,10 @@ def fastest(monkeypatch):
     def fastest(name):
         times = {'native': 2., 'contiguous': 3., 'channels_last': 4., 'fft': 5., name: 1.}
         monkeypatch.setattr(costs, 'expected', lambda g, is_transformed=False: dict(times))
-        choose.forget()
+        choose._cached.cache_clear()
 
     yield fastest
-    choose.forget()
+    choose._cached.cache_clear()
 
 
 @pytest.fixture

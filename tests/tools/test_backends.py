@@ -22,7 +22,7 @@ def rates(monkeypatch):
     """The rates of one thread."""
     found = costs.kind().one_thread
     monkeypatch.setattr(costs, 'rates', lambda: found)
-    choose.forget()
+    choose._cached.cache_clear()
 
 
 @pytest.fixture

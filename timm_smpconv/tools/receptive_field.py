@@ -62,16 +62,14 @@ def receptive_field(model: nn.Module, images: Iterable[torch.Tensor]) -> torch.T
     """
     features = getattr(model, 'forward_features', model)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
-    total = torch.zeros(0, 0, dtype=torch.float64)
-    count = 0
+    total, count = torch.zeros(0, 0, dtype=torch.float64), 0
     with _frozen(model), torch.inference_mode(False), torch.enable_grad():
         for batch in images:
             if batch.ndim != 4 or (count and batch.shape[2:] != total.shape):
                 raise ValueError(
                     'images must be batches (B, C, H, W) of one size, '
                     f'got {tuple(batch.shape)}{f" after {tuple(total.shape)}" if count else ""}')
-            x = batch.detach().to(like)
-            x = (x.clone() if x.is_inference() else x).requires_grad_()
+            x = batch.detach().to(like, copy=True).requires_grad_()
             (gradient,) = torch.autograd.grad(F.relu(_centre(model, features(x))).sum(), x)
             field = gradient.abs().sum((0, 1)).cpu().double()  # (H, W)
             total = total + field if count else field

@@ -77,11 +77,6 @@ def _cached(g: Geometry, transform: bool, is_transformed: bool, *machine: Any) -
     return min(times, key=times.__getitem__)
 
 
-def forget() -> None:
-    """Choose anew: for tests that replace `costs.expected`."""
-    _cached.cache_clear()
-
-
 def choose_over_channels(
         x: torch.Tensor,
         weight: torch.Tensor,
