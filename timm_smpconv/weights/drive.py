@@ -20,7 +20,7 @@ PATIENCE = 120  # seconds until the file begins: gdown would follow for ever a p
 
 def timeout(answer: float) -> Tuple[float, float]:
     """Seconds until there is a connection, and `answer`, those without a byte: soon without a network."""
-    return (10 if getproxies() else 1.3), answer  # libraries count a proxy's answer to the connection
+    return (10 if getproxies().keys() - {'no'} else 1.3), answer  # a proxy's answer counts as the connection
 
 
 def download(url: str, path: Path, progress: Callable[[int, Optional[int]], None]) -> None:
