@@ -1,6 +1,7 @@
 """The convolution as a product of spectra (`torch.fft`), in float32 at least.
 
-Shapes: B batch, C channels, H and W height and width, KH and KW height and width of the kernel.
+Shapes: B batch, C channels, H and W height and width, KH and KW height and width of the kernel, H' and W' of the
+transforms. A spectrum is (…, W' // 2 + 1, H'), as transforms of contiguous columns need no copy.
 
 The cost hardly depends on the kernel's size. Errors are relative to the largest value of the whole plane, not of the
 window under the kernel: far from a pixel 10⁶ times larger than the others the output is wrong by 1.8e-3 where a direct
@@ -29,13 +30,14 @@ def unsupported(x: torch.Tensor) -> Optional[str]:
 
 
 def transform(weight: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """The transform of a kernel (C, 1, KH, KW) for maps H×W, (C, H', W' // 2 + 1), conjugate."""
+    """The transform of a kernel (C, 1, KH, KW) for maps H×W, (C, W' // 2 + 1, H'), conjugate."""
     kh, kw = weight.shape[2:]
     size = fast_length(h + kh // 2), fast_length(w + kw // 2)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    kernel = F.pad(weight[:, 0].to(dtype), (0, size[1] - kw, 0, size[0] - kh)).roll((-(kh // 2), -(kw // 2)), (1, 2))
+    rows = torch.fft.rfft(F.pad(weight[:, 0].to(dtype), (0, size[1] - kw)).roll(-(kw // 2), 2))
+    columns = F.pad(rows.mT, (0, size[0] - kh)).roll(-(kh // 2), 2)
     # conj_physical, as a lazy conj() is not resolved when a compiled graph calls the operator (torch 2.15).
-    return torch.fft.rfft2(kernel).conj_physical_()
+    return torch.fft.fft(columns).conj_physical_()
 
 
 def conv(
@@ -117,15 +119,16 @@ def _size(x: torch.Tensor, kh: int, kw: int) -> Tuple[int, int]:
 
 
 def _spectrum(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """The transform of x (…, H, W), zeros behind it, (…, H', W' // 2 + 1)."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    # Rows, then columns, skips the rows of zeros: (4, 384, 14, 14) to 28×28 1.1 ms, `rfft2` 1.3, and back 1.2 and 1.6.
-    return torch.fft.fft(torch.fft.rfft(x, size[1]), size[0], -2)
+    """The transform of x (…, H, W), zeros behind it, (…, W' // 2 + 1, H')."""
+    padded = x.new_zeros((*x.shape[:-1], size[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+    padded[..., :x.shape[-1]] = x  # contiguous and padded in one copy
+    # Rows first, as rows of zeros need none: (1, 384, 14, 14) to 28×28 0.67 ms, `rfft2` 0.76, and back 0.7 and 1.0.
+    return torch.fft.fft(torch.fft.rfft(padded).mT, size[0])
 
 
 def _place(y: torch.Tensor, spectrum: torch.Tensor, size: Tuple[int, int], bias: Optional[torch.Tensor] = None) -> None:
     """Write the inverse transform, cropped, into y."""
-    rows = torch.fft.ifft(spectrum, dim=-2)[:, :, :y.shape[2]]
+    rows = torch.fft.ifft(spectrum)[..., :y.shape[2]].mT
     piece = torch.fft.irfft(rows, size[1])[..., :y.shape[3]]
     y.copy_(piece if bias is None else piece.add_(bias[:, None, None]))
 
@@ -140,7 +143,8 @@ def _correlation(grad: torch.Tensor, x: torch.Tensor, size: Tuple[int, int], kh:
 
 def _lags(spectrum: torch.Tensor, size: Tuple[int, int], kh: int, kw: int) -> torch.Tensor:
     """The products' sums for every tap, (C, 1, KH, KW)."""
-    return torch.fft.irfft2(spectrum, s=size).roll((kh // 2, kw // 2), (1, 2))[:, None, :kh, :kw]
+    rows = torch.fft.ifft(spectrum).roll(kh // 2, -1)[..., :kh].mT
+    return torch.fft.irfft(rows, size[1]).roll(kw // 2, -1)[:, None, :, :kw]
 
 
 def _with_exact_zeros(dw: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
