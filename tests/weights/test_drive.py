@@ -251,6 +251,11 @@ def test_a_rest_that_the_drive_does_not_send(change, drive, checkpoint, cache, l
     assert same_as_the_oracle(load(), checkpoint[0]) and set(files(cache)) == {WEIGHTS}
 
 
+def test_a_connection_that_always_breaks_off_where_ranges_are_refused(drive, refused):
+    drive.files[id_of(NAME)].ranges, drive.faults = False, [(600_000, None)] * 9
+    assert 'could not be downloaded: DownloadError: ' in refused() and drive.faults
+
+
 @pytest.mark.parametrize('state,message', [
     ('quota', f'could not be downloaded: {QUOTA.partition(".")[0]};'),
     ('sign-in', 'could not be downloaded: Cannot retrieve the public link of the file;'),

@@ -43,43 +43,43 @@ def download(url: str, path: Path, progress: Callable[[int, Optional[int]], None
 
     if path.exists():
         return
-    cancel = threading.Event()
-    patience = threading.Timer(PATIENCE, cancel.set)
-    patience.daemon = True
-    patience.start()
 
     def show(done: int, total: Optional[int]) -> None:
         patience.cancel()
         progress(done, total)
 
-    try:
-        while True:
-            before = _size(path)
-            try:
-                gdown.download(  # no cookies: they would be written to the home folder
-                    url, str(path), quiet=True, use_cookies=False, resume=True, timeout=timeout(60), progress=show,
-                    cancel=cancel)
-                return
-            except DataError:
-                raise
-            except Exception as error:  # gdown raises KeyError and others of pages that it does not understand
-                if _size(path) > before:
-                    continue  # the connection broke off: the rest
-                if cancel.is_set():
-                    reason = f'no file came within {PATIENCE} seconds'
-                elif isinstance(error, (requests.ConnectionError, requests.Timeout)):
-                    reason = f'there is no connection to it ({type(error).__name__})'  # also a proxy's or certificate's
-                elif isinstance(error, FileURLRetrievalError):
-                    reason = _first_sentence(error.__context__ or error)  # the drive's, without gdown's advice around
-                elif isinstance(error, DownloadError) and before:
-                    for part in parts(path):  # the drive does not send the rest of it: all of it, then
-                        part.unlink()
-                    continue
-                else:
-                    reason = f'{type(error).__name__}: {_first_sentence(error)}'
-                raise DataError(f'{url} could not be downloaded: {reason}') from error
-    finally:
-        patience.cancel()
+    anew = False
+    while True:
+        before, cancel = _size(path), threading.Event()
+        patience = threading.Timer(PATIENCE, cancel.set)
+        patience.daemon = True
+        patience.start()
+        try:
+            gdown.download(  # no cookies: they would be written to the home folder
+                url, str(path), quiet=True, use_cookies=False, resume=True, timeout=timeout(60), progress=show,
+                cancel=cancel)
+            return
+        except DataError:
+            raise
+        except Exception as error:  # gdown raises KeyError and others of pages that it does not understand
+            if _size(path) > before:
+                continue  # the connection broke off: the rest
+            if cancel.is_set():
+                reason = f'no file came within {PATIENCE} seconds'
+            elif isinstance(error, (requests.ConnectionError, requests.Timeout)):
+                reason = f'there is no connection to it ({type(error).__name__})'  # also a proxy's or certificate's
+            elif isinstance(error, FileURLRetrievalError):
+                reason = _first_sentence(error.__context__ or error)  # the drive's, without gdown's advice around
+            elif isinstance(error, DownloadError) and before and not anew:
+                anew = True
+                for part in parts(path):  # the drive does not send the rest of it: all of it, then
+                    part.unlink()
+                continue
+            else:
+                reason = f'{type(error).__name__}: {_first_sentence(error)}'
+            raise DataError(f'{url} could not be downloaded: {reason}') from error
+        finally:
+            patience.cancel()
 
 
 def parts(path: Path) -> List[Path]:
