@@ -3,6 +3,7 @@
 The oracles are the network itself, in this process, on images as timm prepares them, and the labels of these, which it
 was trained to tell.
 """
+import ctypes
 import functools
 import itertools
 import json
@@ -209,6 +210,11 @@ def mask():
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 1))
 
 
+def flat():
+    """A network that returns one number for an image, without a dimension for it."""
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 1, 224), torch.nn.Flatten(0))
+
+
 def few(out, *arguments, engines=('torch-export', 'onnxruntime')):
     """Deploy a tiny network on no image of the user's."""
     return main([
@@ -241,10 +247,18 @@ def test_a_file_of_two_rows_is_wrong_in_both(tmp_path, monkeypatch):
     assert all(row['why'] for (engine, _), row in rows(tmp_path).items() if engine)
 
 
-def test_images_for_training_alone(images, tmp_path, capsys):
+def test_images_that_are_of_no_use(images, tmp_path, capsys):
     shutil.copytree(images / 'train', tmp_path / 'images' / 'train')
     assert few(tmp_path / 'out', '--data', str(tmp_path / 'images')) == 2
     assert '--data must have folders train and validation, or neither, got train alone' in capsys.readouterr().err
+    (tmp_path / 'images' / 'train' / 'bee' / '1.png').write_bytes(b'damaged')
+    assert few(tmp_path / 'out', '--data', str(tmp_path / 'images' / 'train')) == 2
+    assert 'images must be files that Pillow reads, got bee/1.png: ' in capsys.readouterr().err
+
+
+def test_outputs_that_are_all_zero():
+    found = verify.compare((torch.zeros(2, 3),), (torch.zeros(2, 3),), None, 'classification')
+    assert found.off == 0 and found.same == 100
 
 
 @pytest.mark.parametrize('error,status', [(KeyboardInterrupt(), 130), (OSError(28, 'No space left on device'), 1)])
@@ -256,6 +270,16 @@ def test_an_end_before_the_end(error, status, tmp_path, monkeypatch):
     monkeypatch.setitem(ENGINES, 'onnxruntime', ENGINES['onnxruntime']._replace(write=write))
     assert few(tmp_path) == status
     assert [path.name for path in tmp_path.iterdir()] == ['model.pt2']
+
+
+def test_a_library_that_does_not_load_is_a_row(tmp_path, monkeypatch):
+    engine = ENGINES['onnxruntime']._replace(write=lambda *_: ctypes.CDLL('/nowhere.so'))
+    monkeypatch.setitem(ENGINES, 'onnxruntime', engine)
+    assert few(tmp_path) == 1
+    assert rows(tmp_path)['onnxruntime', 'float32']['why'].startswith('not written: OSError: /nowhere.so')
+    assert rows(tmp_path)['torch-export', 'float32']['ms']
+    (tmp_path / 'check.safetensors').write_bytes(b'half')
+    assert main(['deploy', '--check', str(tmp_path)]) == 1
 
 
 def test_what_cannot_run_is_a_row(tmp_path, monkeypatch, capsys):
@@ -282,6 +306,9 @@ def test_what_cannot_run_is_a_row(tmp_path, monkeypatch, capsys):
     (['deploy', 'test_convnext', '--out', 'x', '--data', '.'], '--data must be a folder with images'),
     (['deploy', 'nowhere:f', '--out', 'x'], 'MODEL must be a model of timm or module:function, got nowhere:f: No mod'),
     (['deploy', 'smpconv_tcn_ct', '--out', 'x', '--data', '.'], '--data must go with a network of images'),
+    (['deploy', 'smpconv_tcn_ct', '--out', 'x', '--mean', '0'], 'options of images must go with a network of images'),
+    (['deploy', 'test_deploy:flat', '--out', 'x'], 'the network must return tensors (B, classes) or maps, got [(26,)]'),
+    (['deploy', '--check', 'x', '--max-drop', '1'], '--check must go with --batch, --threads and --json alone, got ma'),
 ])
 def test_wrong_arguments(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -220,6 +220,9 @@ class MergedConv1d(nn.Conv1d):
         return f'{super().extra_repr()}, causal={self.causal}'
 
 
+MERGED_CONVS = (MergedConv1d, MergedConv2d, MergedLargeConv2d)
+
+
 def reset_convolution(conv: Union[nn.Conv1d, nn.Conv2d]) -> None:
     """Set the parameters to the start values of the paper: a truncated normal of 0.02, and 0 for the bias."""
     nn.init.trunc_normal_(conv.weight, std=0.02)

@@ -1,5 +1,4 @@
 """Build a network from its name and a checkpoint, whose weights tell the arguments that the network was built with."""
-import textwrap
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Union
 
@@ -7,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from .._errors import DataError
+from .._errors import DataError, one_line
 from ..weights.checkpoint import (
     CheckpointError,
     checkpoint_filter_fn,
@@ -50,14 +49,14 @@ def build_network(name: str, checkpoint: Optional[Path] = None, pretrained: bool
     try:
         model = timm.create_model(name, pretrained=pretrained and checkpoint is None)
     except (OSError, RuntimeError) as error:  # an unknown tag; of the Hub's client
-        raise DataError(f'MODEL {name!r} must have weights that can be loaded: {_short(error)}') from error
+        raise DataError(f'MODEL {name!r} must have weights that can be loaded: {one_line(error)}') from error
     if checkpoint is not None:
         content = read_checkpoint(checkpoint)
         try:
             state_dict = select_weights(content)[0]
             model = network_of(name, state_dict, arguments_of(model, state_dict))
         except (RuntimeError, TypeError, ValueError) as error:  # of the loading; of arguments that no network has
-            raise CheckpointError(f'{checkpoint} must be a checkpoint of {name}, got: {_short(error)}') from error
+            raise CheckpointError(f'{checkpoint} must be a checkpoint of {name}, got: {one_line(error)}') from error
     return model.eval()
 
 
@@ -82,7 +81,7 @@ def network_of(
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise CheckpointError(f'state_dict must fit {name}, got: {_short(error)}') from error
+        raise CheckpointError(f'state_dict must fit {name}, got: {one_line(error)}') from error
     return model
 
 
@@ -115,7 +114,3 @@ def _size(shapes: Mapping[str, Any], modules: Union[str, Iterable[str], None], d
     names: List[str] = [modules] if isinstance(modules, str) else list(modules or ())
     found = (shapes[f'{name}.weight'] for name in names if f'{name}.weight' in shapes)
     return next((shape[dimension] for shape in found if len(shape) > dimension), 0)
-
-
-def _short(error: Exception) -> str:
-    return textwrap.shorten(str(error), 400, placeholder=' …')

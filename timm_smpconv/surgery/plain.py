@@ -9,12 +9,12 @@ import torch.nn as nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..layers._checks import added_to, forward_of
-from ..layers.merged import MergedBlock, MergedConv1d, MergedConv2d, MergedLargeConv2d
+from ..layers.merged import MERGED_CONVS, MergedBlock
 from ..layers.smp_kernel import SMPKernel
 
 __all__ = ['to_plain']
 
-_MERGED = (MergedBlock, MergedConv1d, MergedConv2d, MergedLargeConv2d)
+_MERGED = (MergedBlock, *MERGED_CONVS)
 
 
 def to_plain(model: nn.Module, inplace: bool = False) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ..layers.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
+from ..layers.merged import MERGED_CONVS
 from ..ops import Kept
 
 __all__ = ['prepack']
@@ -42,7 +42,7 @@ def prepack(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Modul
         >>> model = timm.create_model('smpconv_mobile31', inference_mode=True).eval()
         >>> model = timm_smpconv.prepack(model, torch.randn(1, 3, 64, 64))
     """
-    merged = [m for m in model.modules() if isinstance(m, (MergedConv2d, MergedConv1d, MergedLargeConv2d))]
+    merged = [m for m in model.modules() if isinstance(m, MERGED_CONVS)]
     if not merged:
         raise ValueError(
             f'model must be merged (timm.utils.reparameterize_model), got {type(model).__name__} without a merged '

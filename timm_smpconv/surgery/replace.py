@@ -7,12 +7,13 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Dict, Generator, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Generator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, to_2tuple
+from torch.utils._pytree import tree_leaves
 
 from ..layers._folding import forward_of
 from ..layers.small_conv import DepthwiseConv2d
@@ -20,7 +21,7 @@ from ..layers.smp_conv import SMPConv2d
 from ..layers.smp_kernel import SMPKernel
 from ..ops.render import grid
 
-__all__ = ['ReplaceReport', 'Replacement', 'evaluation_mode', 'replace_depthwise']
+__all__ = ['ReplaceReport', 'Replacement', 'evaluation_mode', 'replace_depthwise', 'tensors']
 
 _Size = Tuple[int, int]
 _int_or_pair = Union[int, _Size]
@@ -469,7 +470,7 @@ def _first_outputs(
 def _outputs(model: nn.Module, images: torch.Tensor) -> List[torch.Tensor]:
     """All tensors that a model returns in evaluation mode; it stays in its mode."""
     with evaluation_mode(model):
-        return [y.detach().to('cpu', torch.float64) for y in _tensors(model(images))]
+        return [y.detach().to('cpu', torch.float64) for y in tensors(model(images))]
 
 
 @contextmanager
@@ -485,16 +486,13 @@ def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
             module.training = training
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+def tensors(output: Any) -> List[torch.Tensor]:
+    """All tensors that a model returned, in tuples, lists, dicts and what PyTorch knows as such."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _distance(after: List[torch.Tensor], before: List[torch.Tensor]) -> Optional[float]:
-    if [y.shape for y in after] != [y.shape for y in before]:
+    if not before or [y.shape for y in after] != [y.shape for y in before]:
         return None
     moves = torch.stack([(a - b).norm() for a, b in zip(after, before)])
     return _relative(moves, torch.stack([b.norm() for b in before]))

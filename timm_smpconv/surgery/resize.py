@@ -4,7 +4,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, TypeVar, Union
 
 import torch.nn as nn
 
-from ..layers.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
+from ..layers.merged import MERGED_CONVS
 from ..layers.rep_conv import RepConv
 from ..layers.smp_conv import SMPConv1d, SMPConv2d
 
@@ -60,7 +60,7 @@ def resize_kernels(
             f'resize_kernels takes either scale or kernel_sizes, got scale={scale} and kernel_sizes={kernel_sizes}')
     modules = dict(model.named_modules())
     convs: _Convs = {name: module for name, module in modules.items() if isinstance(module, (SMPConv1d, SMPConv2d))}
-    merged = any(isinstance(module, (MergedConv1d, MergedConv2d, MergedLargeConv2d)) for module in modules.values())
+    merged = any(isinstance(module, MERGED_CONVS) for module in modules.values())
     if merged or not convs:
         found = 'a merged model: resize before merging' if merged else f'{type(model).__name__} without one'
         raise ValueError(f'model must be unmerged and have an SMPConv2d or SMPConv1d, got {found}')

@@ -191,7 +191,7 @@ def _add_deploy(commands: Any) -> None:
         help="of resizing, by default the model's own")
     deploy.add_argument('--crop-pct', type=float, metavar='X', help="as in timm's scripts, by default the model's own")
     deploy.add_argument('--json', type=Path, metavar='FILE', help='write the report there, too')
-    deploy.set_defaults(run=_deploy, extra='deploy')
+    deploy.set_defaults(run=lambda args: _deploy(args, deploy.parse_args([])), extra='deploy')
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -258,9 +258,15 @@ def _weights(args: argparse.Namespace) -> None:
         print(*hub.fetch(names[0], args.cache_dir).values())
 
 
-def _deploy(args: argparse.Namespace) -> int:
+_OF_CHECK = ('check', 'batch', 'threads', 'json', 'command', 'run', 'extra')
+
+
+def _deploy(args: argparse.Namespace, defaults: argparse.Namespace) -> int:
     if (args.model is None) != (args.out is None) or (args.model is None) == (args.check is None):
         raise ValueError('arguments must be MODEL --out DIR or --check DIR')
+    given = [key for key, value in vars(args).items() if key not in _OF_CHECK and value != getattr(defaults, key)]
+    if args.check and given:
+        raise ValueError(f'--check must go with --batch, --threads and --json alone, got {", ".join(given)}')
     if 'int8' in (args.precisions or ()) and args.data is None:
         raise ValueError('--precisions int8 must go with --data, images to calibrate with')
     if args.json:

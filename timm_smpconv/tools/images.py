@@ -1,13 +1,13 @@
 """Images as inputs for a network: files in folders, prepared as the model's own data configuration says."""
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import IO, Any, Dict, Iterable, Iterator, List, Optional, Union
 
 import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, get_img_extensions, resolve_data_config
 
-__all__ = ['data_config', 'find_images', 'own_size', 'read_images']
+__all__ = ['data_config', 'find_images', 'open_image', 'own_size', 'read_images']
 
 
 def find_images(folder: Path, count: Optional[int] = None) -> List[Path]:
@@ -72,7 +72,7 @@ def read_images(files: Iterable[Path], model: nn.Module, size: int) -> Iterator[
     """
     config = data_config(model, size)
     channels, transform = config['input_size'][0], create_transform(**config, is_training=False)
-    return (_read(file, channels, transform) for file in files)
+    return (transform(open_image(file, channels, file)).unsqueeze(0) for file in files)
 
 
 def data_config(model: nn.Module, size: Optional[int] = None, **given: Any) -> Dict[str, Any]:
@@ -99,9 +99,14 @@ def data_config(model: nn.Module, size: Optional[int] = None, **given: Any) -> D
     return {**config, **given}
 
 
-def _read(file: Path, channels: int, transform: Any) -> torch.Tensor:
+def open_image(file: Union[Path, IO[bytes]], channels: int, name: object) -> Image.Image:
+    """An image of three channels or one.
+
+    Raises:
+        ValueError: The file is not an image, or damaged; `name` is how the error calls it.
+    """
     try:
         with Image.open(file) as image:
-            return transform(image.convert('RGB' if channels == 3 else 'L')).unsqueeze(0)
+            return image.convert('RGB' if channels == 3 else 'L')
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of a damaged PNG
-        raise ValueError(f'images must be files that Pillow reads, got {file}: {error}') from error
+        raise ValueError(f'images must be files that Pillow reads, got {name}: {error}') from error

@@ -17,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from ..layers.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
+from ..layers.merged import MERGED_CONVS
 from ..layers.smp_kernel import SMPKernel
 from ..ops.render import render_kernel
 from .receptive_field import smallest_square
@@ -107,7 +107,7 @@ def find_kernels(
     if not kernels:  # of a merged network, whose other convolutions have kernels of 1 or 3
         kernels = {
             name: module.weight for name, module in model.named_modules()
-            if isinstance(module, (MergedConv1d, MergedConv2d, MergedLargeConv2d)) and min(module.kernel_size) > 3}
+            if isinstance(module, MERGED_CONVS) and min(module.kernel_size) > 3}
     if not kernels:
         raise ValueError(f'model must have SMP kernels, got {type(model).__name__} without')
     in_stages: Dict[int, List[str]] = {}

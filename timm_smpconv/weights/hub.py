@@ -19,11 +19,11 @@ import yaml
 from filelock import FileLock
 from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 from tqdm import tqdm
 
-from .._errors import DataError
+from .._errors import DataError, one_line
 from .._files import written_beside
 from .checkpoint import CheckpointError, checkpoint_filter_fn, count_classes, read_checkpoint, select_weights
 from .drive import download, parts, timeout
@@ -229,7 +229,7 @@ def _convert(file: Path, name: str, target: Path) -> None:
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f'{file} must hold the weights of {name}: {" ".join(str(error).split())}') from error
+        raise CheckpointError(f'{file} must hold the weights of {name}: {one_line(error)}') from error
     for key, value in weights.items():
         if not value.isfinite().all():
             raise CheckpointError(f'{key} must be finite everywhere, got others in {file}')
@@ -239,9 +239,12 @@ def _convert(file: Path, name: str, target: Path) -> None:
 
 
 def _read_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:
-    with safe_open(path, framework='pt') as file:
-        names = file.keys()
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    try:
+        with safe_open(path, framework='pt') as file:
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise CheckpointError(f'{path} must be an undamaged .safetensors file: {one_line(error)}') from error
 
 
 def _declare_classes(

@@ -3,10 +3,10 @@
 Each file is written and compared in a folder beside its place. It is then renamed to its name, or to its name with the
 suffix `.wrong`. `check` renames nothing: what is wrong on one machine may be right on another.
 """
+import errno
 import json
 import logging
 import shutil
-import textwrap
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,23 +16,25 @@ from typing import Any, Dict, Generator, List, NamedTuple, Optional, Sequence, T
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from tqdm import tqdm
 
-from ..._errors import DataError
+from ..._errors import DataError, one_line
 from ..._files import written_beside
 from ...ops.dispatch.timing import timing
+from ...weights.checkpoint import read_checkpoint
 from ..backend_report import machine
 from . import verify
 from .data import Inputs, read_data, samples
 from .engines import ENGINES, PRECISIONS
-from .network import Network, Outputs, Run, Source, count_convolutions, tensors
+from .network import Network, Outputs, Run, Source, count_convolutions, runner
 from .report import Row, readme, table
 
 __all__ = ['Options', 'check', 'deploy']
 
 KEPT = 200e6  # bytes of inputs and outputs that stay for `--check`: 1,000 images of 224×224
 ROUNDS, SECONDS = 15, 60  # of timing
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 Runs = Dict[int, Run]  # by the size of the batch
 
@@ -114,12 +116,8 @@ def deploy(
     source = Source(network, merged, traced, options.max_drop)
     with _quiet(), tqdm(total=len(rows) + 2, unit='row') as bar:
         bar.set_description('reference')
-
-        @torch.no_grad()
-        def given(x: torch.Tensor) -> Outputs:
-            return tensors(reference(x))
-
-        test = _prepare(source, given, max(options.batch), data, calibration, limit)
+        given = runner(reference)
+        test = _prepare(source, given, max(options.batch), data, calibration if 'int8' in precisions else 0, limit)
         runs: List[Runs] = [dict.fromkeys(options.batch, given)]
         done: Dict[str, Row] = {}
         for row in rows:
@@ -153,13 +151,16 @@ def _prepare(
         calibration: int,
         limit: Optional[int],
 ) -> Test:
-    """What files are compared with. Gives the source its images, and its network the names of its classes."""
+    """What files are compared with. Gives the source its images, and its network the names of its classes.
+
+    Without `calibration` nothing is quantised.
+    """
     network = source.network
     if data is None:
         inputs = samples(network)
     else:
         limit = limit or (1000 if network.task == 'classification' else 64)
-        images, inputs, classes = read_data(data, network, calibration, limit)
+        images, inputs, classes = read_data(data, network, calibration or 1, limit)
         network = source.network = network._replace(classes=classes or network.classes)
         source.calibration = images if network.preprocess == 'in-graph' else network.normalize(images)
     try:
@@ -168,6 +169,9 @@ def _prepare(
         raise ValueError(
             f'the network must take inputs of {tuple(network.input_size)}, which --image-size changes, got: '
             f'{_short(error)}') from error
+    if not expected or (network.task != 'features' and expected[0].ndim < 2):
+        raise ValueError(
+            f'the network must return tensors (B, classes) or maps, got {[tuple(t.shape) for t in expected]}')
     count = max(2, expected[0].shape[1])  # one output tells two classes apart
     if inputs.labels is not None and len(network.classes) != count:
         raise ValueError(
@@ -178,7 +182,7 @@ def _prepare(
         convolutions = None
     test = Test(network, inputs, expected, convolutions)
     targets = verify.classes(expected, network.task) if inputs.labels is None else inputs.labels
-    if data is not None and targets is not None:
+    if calibration and data is not None and targets is not None:
         source.validation = list(zip(test.prepared(inputs.x, 'torch-export').split(1), targets.split(1)))
     return test
 
@@ -207,10 +211,10 @@ def check(folder: Path, batch: Optional[Sequence[int]]) -> Tuple[str, Dict[str, 
     """
     try:
         report = json.loads((folder / 'report.json').read_text())
-        stored = load_file(folder / 'check.safetensors')
+        stored = dict(read_checkpoint(folder / 'check.safetensors'))
         network = Network(**report['network'])
         old = [Row(**row) for row in report['rows'] if row['engine'] and not row['why']]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f'--check must be a folder that `timm-smpconv deploy` wrote, got {folder}: {error}') from error
     options = Options(batch or report['batch'], report['tolerance'], report['max_drop'])
     inputs = Inputs(stored.pop('inputs'), stored.pop('labels', None), report['own_images'])
@@ -251,9 +255,9 @@ def _make(source: Source, row: Row, test: Test, options: Options, out: Path, don
             else:
                 _remove(out, [f'{name}.wrong' for name in _names(row)])
             return runs
-    except OSError:
-        raise
     except Exception as error:  # exporters and compilers raise anything
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            raise
         row.why, row.failed = f'not written: {_short(error)}', True
         _remove(out, _names(row))
         return {}
@@ -265,7 +269,9 @@ def _examine(row: Row, file: Path, test: Test, options: Options) -> Runs:
     try:
         if not file.exists():
             raise DataError(f'there is no {file.name}')
-        runs = {batch: engine.load(test.network, file, row.precision, batch) for batch in options.batch}
+        load = partial(engine.load, test.network, file, row.precision)
+        runs = {batch: load(batch) for batch in options.batch} if engine.fixes_batch else dict.fromkeys(
+            options.batch, load(max(options.batch)))
         if engine.convolutions and test.convolutions is not None:
             count = engine.convolutions(file)
             if count > test.convolutions:
@@ -340,4 +346,4 @@ def _quiet() -> Generator[None, None, None]:
 
 
 def _short(error: Exception) -> str:
-    return textwrap.shorten(f'{type(error).__name__}: {error}' if not isinstance(error, DataError) else str(error), 200)
+    return ('' if isinstance(error, DataError) else f'{type(error).__name__}: ') + one_line(error, 200)

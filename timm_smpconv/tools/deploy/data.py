@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 
+from ..images import open_image
 from .network import Network
 
 __all__ = ['Inputs', 'read_data', 'samples']
 
-MODES = {1: 'L', 3: 'RGB'}
 RANDOM = 16
 
 
@@ -40,7 +40,7 @@ def samples(network: Network) -> Inputs:
 
     from ..demo.digits import digits
     images = [*map(Image.fromarray, load_sample_images().images), *digits(training=False)[0][:8]]
-    transform, mode = _transform(network), MODES[network.input_size[0]]
+    transform, mode = _transform(network), 'RGB' if network.input_size[0] == 3 else 'L'
     x = torch.stack([torch.as_tensor(transform(image.convert(mode))) for image in images])
     return Inputs(torch.cat([x, torch.randint(256, size, dtype=torch.uint8, generator=generator)]))
 
@@ -63,15 +63,13 @@ def read_data(
         limit: How many to measure on at most.
 
     Raises:
-        ValueError: There are no images, or their classes are not those of the network.
+        ValueError: There are no images, one cannot be read, or the parts have other classes.
     """
-    mode = MODES.get(network.input_size[0] if network.data else 0)
-    if mode is None:
+    if not network.data:
         raise ValueError(f'--data must go with a network of images, got {network.model}')
     try:
         train, validation = (create_dataset(
-            '', str(folder), split, input_img_mode=mode, transform=_transform(network))
-            for split in ('train', 'validation'))
+            '', str(folder), split, transform=_transform(network)) for split in ('train', 'validation'))
     except RuntimeError as error:  # of timm, which finds none
         raise ValueError(f'--data must be a folder with images in it or below, got {folder}') from error
     parts = [part for part in (train, validation) if Path(part.reader.root) != folder]
@@ -87,15 +85,22 @@ def read_data(
     labelled = network.task == 'classification' and '' not in classes
     if not all(indices) or (labelled and classes != list(validation.reader.class_to_idx)):
         raise ValueError(f'--data must have images of the same classes in both parts, got {folder}')
-    x, _ = _read(train, indices[0], calibration)
-    measured, labels = _read(validation, indices[1], limit)
+    channels = network.input_size[0]
+    x, _ = _read(train, indices[0], calibration, channels)
+    measured, labels = _read(validation, indices[1], limit, channels)
     return x, Inputs(measured, labels if labelled else None, own=True), classes if labelled else []
 
 
-def _read(dataset: Any, indices: Sequence[int], count: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def _read(dataset: Any, indices: Sequence[int], count: int, channels: int) -> Tuple[torch.Tensor, torch.Tensor]:
     count = min(count, len(indices))
-    items = [dataset[indices[i * len(indices) // count]] for i in range(count)]
-    return torch.stack([torch.as_tensor(x) for x, _ in items]), torch.tensor([label for _, label in items])
+    images, labels = [], []
+    for i in (indices[i * len(indices) // count] for i in range(count)):
+        file, label = dataset.reader[i]  # for one that it cannot read, the dataset itself takes the next
+        with file:
+            image = open_image(file, channels, dataset.filename(i))
+        images.append(torch.as_tensor(dataset.transform(image)))
+        labels.append(label)
+    return torch.stack(images), torch.tensor(labels)
 
 
 def _transform(network: Network) -> Any:

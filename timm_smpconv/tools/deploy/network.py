@@ -18,17 +18,18 @@ import torch.nn as nn
 from safetensors.torch import save
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils import reparameterize_model
-from torch.utils._pytree import tree_leaves
 
 from ..._errors import DataError
-from ...layers.merged import MergedConv1d, MergedConv2d, MergedLargeConv2d
+from ...layers.merged import MERGED_CONVS
 from ...layers.smp_kernel import SMPKernel
 from ...models.from_checkpoint import arguments_of, build_network
 from ...surgery.plain import to_plain
+from ...surgery.replace import tensors
 from ...weights.checkpoint import read_checkpoint, select_weights
+from ...weights.hub import file_sha256
 from ..images import data_config
 
-__all__ = ['Network', 'Outputs', 'Run', 'Source', 'contiguous', 'count_convolutions', 'read_network', 'tensors']
+__all__ = ['Network', 'Outputs', 'Run', 'Source', 'contiguous', 'count_convolutions', 'read_network', 'runner']
 
 Outputs = Tuple[torch.Tensor, ...]
 Run = Callable[[torch.Tensor], Outputs]
@@ -83,9 +84,9 @@ class Network(NamedTuple):
 
 
 class Graph(nn.Module):
-    """A network in one precision behind the normalisation, if that belongs into the graph. Takes and returns float32.
+    """A network in one precision behind the normalisation, if that belongs into the graph.
 
-    Returns the only tensor, or all that the network returns.
+    Takes float32, or pixels in uint8. Returns the only tensor, or all that the network returns, in the precision.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, normalize: Optional[Callable]):
@@ -97,7 +98,7 @@ class Graph(nn.Module):
     def forward(self, x):
         x = x if self.normalize is None else self.normalize(x)
         found = tensors(self.network(x.to(self.dtype)))
-        return found[0] if len(found) == 1 else found
+        return found[0] if len(found) == 1 else tuple(found)
 
 
 class Source:
@@ -155,9 +156,12 @@ class Source:
         return path
 
 
-def tensors(output: Any) -> Outputs:
-    """All tensors that a network returned, whatever holds them."""
-    return tuple(tree_leaves(output))
+def runner(network: Callable) -> Run:
+    """The network as a function that returns all its tensors."""
+    @torch.no_grad()
+    def run(x: torch.Tensor) -> Outputs:
+        return tuple(tensors(network(x)))
+    return run
 
 
 def count_convolutions(program: torch.export.ExportedProgram) -> int:
@@ -212,8 +216,8 @@ def read_network(
     reference = reference.eval()
     merged = _merge(reference)
     if hasattr(like, 'seq_len'):
-        if image_size or preprocess == 'in-graph':
-            raise ValueError(f'--image-size and --preprocess must go with a network of images, got {name}')
+        if image_size or preprocess == 'in-graph' or any(value is not None for value in data.values()):
+            raise ValueError(f'options of images must go with a network of images, got {name}')
         size: Any = [like.in_chans, like.seq_len]
         config = {}
     else:
@@ -228,9 +232,9 @@ def read_network(
     return Network(
         name, arguments, task, size, config, preprocess,
         ImageNetInfo(classes).label_descriptions() if classes else [],  # type: ignore[arg-type]
-        hashlib.sha256(checkpoint.read_bytes() if checkpoint else save(contiguous(reference))).hexdigest(),
+        file_sha256(checkpoint) if checkpoint else hashlib.sha256(save(contiguous(reference))).hexdigest(),
         {package: found for package in PACKAGES if (found := _version(package))},
-        any(isinstance(m, (MergedConv1d, MergedConv2d, MergedLargeConv2d)) for m in merged.modules()),
+        any(isinstance(m, MERGED_CONVS) for m in merged.modules()),
     ), reference, merged
 
 

@@ -12,6 +12,7 @@ __all__ = ['LIMITS', 'Found', 'classes', 'compare', 'hits', 'outputs', 'wrong']
 
 # The largest difference of outputs, relative to the largest output: rounding to bfloat16 makes up to 5e-2 of it.
 LIMITS = {'bfloat16': 0.2, 'int8': 0.5}
+_TINY = torch.finfo(torch.float32).tiny  # outputs may all be zero, as those of an untrained head
 SAME = 99.9  # the least percentage of inputs of the same class in float32: a tie in a thousand may be broken otherwise
 
 
@@ -59,7 +60,9 @@ def compare(actual: Outputs, expected: Outputs, labels: Optional[torch.Tensor], 
     shapes = [[tuple(t.shape) for t in found] for found in (actual, expected)]
     if shapes[0] != shapes[1]:
         raise ValueError(f'outputs must be of shape {shapes[1]}, got {shapes[0]}')
-    off = max(((a - e).abs().max() / e.abs().max()).nan_to_num(torch.inf).item() for a, e in zip(actual, expected))
+    off = max(
+        ((a - e).abs().max() / e.abs().max().clamp(min=_TINY)).nan_to_num(torch.inf).item()
+        for a, e in zip(actual, expected))
     found, reference = classes(actual, task), classes(expected, task)
     same = None if found is None or reference is None else _percentage(found == reference)
     top1, before = (hits(outputs, labels, task) for outputs in (actual, expected))

@@ -5,7 +5,7 @@ import torch
 import torch._inductor
 import torch._inductor.config
 
-from ..network import Network, Run, Source, tensors
+from ..network import Network, Run, Source, runner
 from .engine import Engine
 from .torch import unsupported_compiled
 
@@ -22,12 +22,7 @@ def write(source: Source, precision: str, file: Path) -> None:
 
 
 def load(network: Network, file: Path, precision: str, batch: int) -> Run:
-    package = torch._inductor.aoti_load_package(str(file))
-
-    @torch.no_grad()
-    def run(x: torch.Tensor):
-        return tensors(package(x))
-    return run
+    return runner(torch._inductor.aoti_load_package(str(file)))
 
 
 AOTINDUCTOR = Engine('PyTorch, AOTInductor', '_aoti.pt2', unsupported_compiled, write, load, LINES)

@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 
 from ..network import Network, Run, Source
-from .engine import Engine, missing, one_by_one
+from .engine import Engine, missing, no_other_than_float32, one_by_one
 
 LINES = '''\
 import coremltools
@@ -19,7 +19,7 @@ output = next(iter(network.predict({"$input_name": $input_name.numpy()}).values(
 def unsupported(network: Network, precision: str) -> Optional[str]:
     if sys.platform != 'darwin':
         return 'it runs on macOS only'
-    return missing('coremltools') or (None if precision == 'float32' else f'{precision} is not offered here')
+    return missing('coremltools') or no_other_than_float32(precision)
 
 
 def write(source: Source, precision: str, file: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from ....ops.dispatch import cpu
 from ..network import Network, Outputs, Run, Source
 
-__all__ = ['Engine', 'missing', 'no_bfloat16', 'one_by_one', 'properties']
+__all__ = ['Engine', 'missing', 'no_bfloat16', 'no_other_than_float32', 'one_by_one', 'properties']
 
 
 class Engine(NamedTuple):
@@ -23,6 +23,7 @@ class Engine(NamedTuple):
         load: The network, its file, the precision and the size of the batch → a function from inputs to outputs.
         python: Lines that compute `output` from an input: a `string.Template` of file, input_name and others.
         cpp: A C++ program.
+        fixes_batch: Whether what `load` returns is for batches of that size alone.
         casts: Whether a float32 file is loaded in bfloat16.
         graph: Whether its files hold a graph, and so the normalisation.
         convolutions: Counts them in a file, if that is possible.
@@ -34,6 +35,7 @@ class Engine(NamedTuple):
     load: Callable[[Network, Path, str, int], Run]
     python: str
     cpp: str = ''
+    fixes_batch: bool = False
     casts: bool = False
     graph: bool = True
     convolutions: Optional[Callable[[Path], int]] = None
@@ -54,6 +56,11 @@ def no_bfloat16(precision: str) -> Optional[str]:
     if precision == 'bfloat16' and torch.bfloat16 not in cpu.HERE.onednn:
         return 'this CPU has no bfloat16'
     return None
+
+
+def no_other_than_float32(precision: str) -> Optional[str]:
+    """Why an engine is not offered in a precision."""
+    return None if precision == 'float32' else f'{precision} is not offered here'
 
 
 def one_by_one(run: Run) -> Run:

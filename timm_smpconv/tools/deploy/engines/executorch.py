@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 
 from ..network import Network, Run, Source
-from .engine import Engine, missing, one_by_one
+from .engine import Engine, missing, no_other_than_float32, one_by_one
 
 LINES = '''\
 from executorch.runtime import Runtime
@@ -16,7 +16,7 @@ output = network.execute([$input_name])[0]
 
 
 def unsupported(network: Network, precision: str) -> Optional[str]:
-    return missing('executorch') or (None if precision == 'float32' else f'{precision} is not offered here')
+    return missing('executorch') or no_other_than_float32(precision)
 
 
 def write(source: Source, precision: str, file: Path) -> None:

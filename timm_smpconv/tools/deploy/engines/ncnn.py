@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 
 from ..network import Network, Run, Source
-from .engine import Engine, missing, one_by_one
+from .engine import Engine, missing, no_other_than_float32, one_by_one
 
 LINES = '''\
 import ncnn
@@ -24,7 +24,7 @@ output = torch.from_numpy(extractor.extract("out0")[1].numpy())[None]
 def unsupported(network: Network, precision: str) -> Optional[str]:
     if network.preprocess == 'in-graph' or network.task == 'features':
         return 'pixels in uint8 and several outputs are not offered here'
-    return missing('ncnn', 'pnnx') or (None if precision == 'float32' else f'{precision} is not offered here')
+    return missing('ncnn', 'pnnx') or no_other_than_float32(precision)
 
 
 def write(source: Source, precision: str, file: Path) -> None:

@@ -108,4 +108,5 @@ def convolutions(file: Path) -> int:
     return sum('Convolution' in node.get_type_name() for node in openvino.Core().read_model(file).get_ops())
 
 
-OPENVINO = Engine('OpenVINO', '.xml', unsupported, write, load, LINES, CPP, casts=True, convolutions=convolutions)
+OPENVINO = Engine(
+    'OpenVINO', '.xml', unsupported, write, load, LINES, CPP, fixes_batch=True, casts=True, convolutions=convolutions)

@@ -10,7 +10,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save
 
 from ....surgery.prepack import prepack
-from ..network import Network, Run, Source, contiguous, tensors
+from ..network import Network, Run, Source, contiguous, runner
 from .engine import Engine, no_bfloat16
 
 LINES = '''\
@@ -66,12 +66,8 @@ def _network(network: Network, file: Path, precision: str) -> nn.Module:
 
 
 def _run(network: Network, model: Callable, precision: str) -> Run:
-    layout = torch.channels_last if network.data else torch.contiguous_format
-
-    @torch.no_grad()
-    def run(x: torch.Tensor):
-        return tuple(t.float() for t in tensors(model(x.to(getattr(torch, precision), memory_format=layout))))
-    return run
+    layout, run = torch.channels_last if network.data else torch.contiguous_format, runner(model)
+    return lambda x: tuple(t.float() for t in run(x.to(getattr(torch, precision), memory_format=layout)))
 
 
 def load(network: Network, file: Path, precision: str, batch: int) -> Run:
@@ -95,6 +91,8 @@ def load_compiled(network: Network, file: Path, precision: str, batch: int) -> R
 
 TORCH = Engine('PyTorch', '.safetensors', unsupported, write, load, LINES + RUN, casts=True, graph=False)
 PREPACKED = TORCH._replace(
-    title='PyTorch, prepacked', unsupported=unsupported_prepacked, load=load_prepacked, python=LINES + PREPACK + RUN)
+    title='PyTorch, prepacked', unsupported=unsupported_prepacked, load=load_prepacked, python=LINES + PREPACK + RUN,
+    fixes_batch=True)
 COMPILED = TORCH._replace(
-    title='PyTorch, compiled', unsupported=unsupported_compiled, load=load_compiled, python=LINES + COMPILE)
+    title='PyTorch, compiled', unsupported=unsupported_compiled, load=load_compiled, python=LINES + COMPILE,
+    fixes_batch=True)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from ..network import Network, Run, Source, count_convolutions, tensors
+from ..network import Network, Run, Source, count_convolutions, runner
 from .engine import Engine
 from .torch import unsupported
 
@@ -19,12 +19,7 @@ def write(source: Source, precision: str, file: Path) -> None:
 
 
 def load(network: Network, file: Path, precision: str, batch: int) -> Run:
-    module = torch.export.load(file).module()
-
-    @torch.no_grad()
-    def run(x: torch.Tensor):
-        return tensors(module(x))
-    return run
+    return runner(torch.export.load(file).module())
 
 
 def convolutions(file: Path) -> int:
