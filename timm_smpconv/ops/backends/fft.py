@@ -152,9 +152,9 @@ def _with_exact_zeros(dw: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, siz
     def pairs(grad, x):  # products that a tap sums
         return _correlation(grad != 0, x != 0, size, *dw.shape[2:])
 
-    noise = _norms(grad, dw.dtype) * _norms(x, dw.dtype) * (torch.finfo(dw.dtype).eps / math.sqrt(size[0] * size[1]))
     if dw.device.type != 'cpu':  # a selection would wait for the device
         return dw.masked_fill(pairs(grad, x) < 0.5, 0)
+    noise = _norms(grad, dw.dtype) * _norms(x, dw.dtype) * (torch.finfo(dw.dtype).eps / math.sqrt(size[0] * size[1]))
     suspect = ((dw.abs() <= _NOISE * noise[:, None, None, None]) & (dw != 0)).flatten(1).any(1)  # (C,)
     channels = suspect.nonzero().flatten()
     if len(channels):

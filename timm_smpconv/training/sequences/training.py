@@ -15,7 +15,7 @@ from ...weights.checkpoint import CheckpointError, checkpoint_filter_fn
 
 __all__ = ['SequenceClassifier', 'rate_factor']
 
-_UNSEEN = ('global_pool', 'radius_range')  # arguments of networks that do not change the shapes of the weights
+_UNSEEN = ('global_pool', 'radius_range')  # what arguments change although the weights fit
 
 
 def rate_factor(update: int, warmup: int, total: int, end: float) -> float:
