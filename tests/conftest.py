@@ -30,6 +30,7 @@ if not torch.cuda.is_available():
 
 import pytest
 import timm
+import torch.nn.functional as F
 from hub_server import HubServer
 from huggingface_hub import constants, file_download
 from reference import in_authors_layout
@@ -67,6 +68,37 @@ LAYOUTS = {
     'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     'strided': lambda x: torch.stack([x, x + 1], -1)[..., 0],
 }
+
+
+def depthwise(x, weight, bias=None):
+    """`F.conv2d` of each channel: the oracle of the operator."""
+    return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
+
+
+def with_gradients(convolve, x, weight, cotangent):
+    """Output, input gradient and weight gradient."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = convolve(x, weight)
+    return (y.detach(), *torch.autograd.grad(y, (x, weight), cotangent))
+
+
+def exact_results(*inputs):
+    """Those of `depthwise` in float64 on the CPU."""
+    return with_gradients(depthwise, *(t.cpu().double() for t in inputs))
+
+
+def compare(inputs, function, oracle, tolerance):
+    """Output and all gradients of `function` against `oracle` in float64 on the same (rounded) numbers."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    actual, expected = function(*leaves), oracle(*wide)
+    assert actual.dtype == inputs[0].dtype
+    assert difference(actual, expected) < tolerance
+    cotangent = torch.randn_like(expected).to(actual.dtype)
+    grads = torch.autograd.grad(actual, leaves, cotangent)
+    for leaf, got, want in zip(leaves, grads, torch.autograd.grad(expected, wide, cotangent.double())):
+        assert got.dtype == leaf.dtype and got.shape == leaf.shape
+        assert difference(got, want) < 2 * tolerance  # a weight's gradient is a sum of terms that cancel
 
 
 def difference(actual, expected):

@@ -1,8 +1,9 @@
 """How accurate each backend is, entry by entry, against float64: zeros, wide ranges, and native's own error."""
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import CPU_BACKENDS
+from conftest import CPU_BACKENDS, exact_results, with_gradients
 
 from timm_smpconv import depthwise_conv2d
 
@@ -11,17 +12,7 @@ STAGES = [(56, 31), (28, 29), (14, 27), (7, 13), (56, 5), (14, 5), (7, 5), (14, 
 
 
 def results(x, weight, cotangent, backend=None):
-    """Output, input gradient and weight gradient."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = depthwise_conv2d(x, weight, backend=backend)
-    return (y.detach(), *torch.autograd.grad(y, (x, weight), cotangent))
-
-
-def exact(x, weight, cotangent):
-    """The same by F.conv2d in float64."""
-    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
-    y = F.conv2d(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
-    return (y.detach(), *torch.autograd.grad(y, (x, weight), cotangent.double()))
+    return with_gradients(partial(depthwise_conv2d, backend=backend), x, weight, cotangent)
 
 
 def tensors(b, c, h, k):
@@ -38,7 +29,7 @@ def test_a_weight_gradient_of_zeros_is_zero(b, h, k, backend):
     x[:, 3] *= torch.rand(h, h) < 0.1
     cotangent[:, 4, :, 1:] = 0
     dw = results(x, weight, cotangent, backend)[2]
-    _, _, products = exact(x != 0, torch.zeros_like(weight), cotangent != 0)  # how many a tap sums
+    _, _, products = exact_results(x != 0, torch.zeros_like(weight), cotangent != 0)  # how many a tap sums
     assert (products == 0).any()
     assert torch.equal(dw == 0, products == 0)
 
@@ -49,7 +40,7 @@ def test_the_gradient_of_zeros_is_found_among_large_ones():
     for scale in (1e-18, 1e-6, 1e15):
         x[:, :, :7] = 0
         dw = results(x * scale, weight, cotangent, 'fft')[2]
-        _, _, products = exact(x != 0, torch.zeros_like(weight), cotangent != 0)
+        _, _, products = exact_results(x != 0, torch.zeros_like(weight), cotangent != 0)
         assert torch.equal(dw == 0, products == 0)
 
 
@@ -62,7 +53,7 @@ def test_rounding_errors_are_at_most_four_times_those_of_native(h, k):
     gradients of two batches.
     """
     inputs = tensors(2, 4, h, k)
-    wanted, chosen, native = (f(*inputs, *a) for f, a in ((exact, ()), (results, ()), (results, ('native',))))
+    wanted, chosen, native = (f(*inputs, *a) for f, a in ((exact_results, ()), (results, ()), (results, ('native',))))
     for w, c, n in zip(wanted, chosen, native):
         ours, theirs = ((t.double() - w).square().mean().sqrt() for t in (c, n))
         assert ours <= 4 * theirs
@@ -71,16 +62,16 @@ def test_rounding_errors_are_at_most_four_times_those_of_native(h, k):
     assert (tap_errors <= 1e-5 * reached).all()
 
 
-def test_far_from_a_large_pixel_the_chosen_backend_is_exact(fastest):
+def test_far_from_a_large_pixel_the_chosen_backend_is_exact_results(fastest):
     fastest('fft')
     x, weight, cotangent = torch.randn(1, 2, 40, 40), torch.randn(2, 1, 7, 7) / 7, torch.randn(1, 2, 40, 40)
     x[:, 0, 2, 2] = 1e6
     cotangent[:, 1, 3, 3] = -1e6
     far = (..., slice(12, None), slice(12, None))
-    for actual, expected in list(zip(results(x, weight, cotangent), exact(x, weight, cotangent)))[:2]:
+    for actual, expected in list(zip(results(x, weight, cotangent), exact_results(x, weight, cotangent)))[:2]:
         assert (actual - expected)[far].abs().max() < 1e-5 * expected[far].abs().max()
     by_fft = results(x, weight, cotangent, 'fft')[0]
-    assert (by_fft - exact(x, weight, cotangent)[0])[far].abs().max() > 1e-3  # what the documentation says of it
+    assert (by_fft - exact_results(x, weight, cotangent)[0])[far].abs().max() > 1e-3  # what the documentation says
 
 
 def test_large_numbers_stay_finite(fastest):
@@ -88,7 +79,7 @@ def test_large_numbers_stay_finite(fastest):
     x, weight, cotangent = tensors(2, 3, 14, 27)
     for case in ((x / x.max() * 1e38, weight / weight.abs().sum(), cotangent / cotangent.abs().max()),
                  (x / x.max() / 196, weight, cotangent / cotangent.abs().max() * 1e38)):
-        for actual, expected in zip(results(*case), exact(*case)):
+        for actual, expected in zip(results(*case), exact_results(*case)):
             reach = expected.abs() < 1e38
             assert actual[reach].isfinite().all()
             error = (actual[reach].double() - expected[reach]).abs().max()
@@ -100,4 +91,4 @@ def test_infinity_spoils_only_what_it_reaches(fastest):
     x, weight, cotangent = tensors(2, 3, 14, 5)
     x[0, 1, 3, 3] = torch.inf
     y = results(x, weight, cotangent)[0]
-    assert torch.equal(y.isfinite(), exact(x, weight, cotangent)[0].isfinite())
+    assert torch.equal(y.isfinite(), exact_results(x, weight, cotangent)[0].isfinite())

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LAYOUTS, TOLERANCE, difference
+from conftest import LAYOUTS, TOLERANCE, compare, difference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -66,20 +66,6 @@ def reference(family, case):
 
 CASES = [*(('causal', case) for case in SEQUENCES), *(('same', case) for case in IMAGES)]
 SMALL = [('causal', (2, 2, 4, 5, 7, 2)), ('causal', (3, 2, 2, 4, 3, 1)), ('same', (1, 2, 3, 4, 3, 5, 3))]
-
-
-def compare(inputs, function, expect, tolerance):
-    """Output and all gradients of `function` against `expect` in float64 on the same (rounded) numbers."""
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    wide = [t.detach().double().requires_grad_() for t in inputs]
-    actual, expected = function(*leaves), expect(*wide)
-    assert actual.dtype == inputs[0].dtype
-    assert difference(actual, expected) < tolerance
-    cotangent = torch.randn_like(expected).to(actual.dtype)
-    grads = torch.autograd.grad(actual, leaves, cotangent)
-    for leaf, got, want in zip(leaves, grads, torch.autograd.grad(expected, wide, cotangent.double())):
-        assert got.dtype == leaf.dtype and got.shape == leaf.shape
-        assert difference(got, want) < 2 * tolerance
 
 
 @pytest.mark.parametrize('family,case', CASES, ids=str)

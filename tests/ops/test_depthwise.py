@@ -3,11 +3,11 @@ import copy
 import itertools
 import logging
 import threading
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, difference
+from conftest import CPU_BACKENDS, LAYOUTS, TOLERANCE, compare, depthwise, difference
 from functorch.compile import make_boxed_func
 from reference import conv_loop
 from torch._dynamo.backends.common import aot_autograd
@@ -40,28 +40,10 @@ def tensors(b, c, h, w, kh, kw, dtype=torch.float32, bias=True):
     return [t.to(dtype) for t in (x, weight, torch.randn(c, dtype=torch.float64))][:3 if bias else 2]
 
 
-def exact(x, weight, bias=None):
-    return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
-
-
-def compare(inputs, function, tolerance):
-    """Output and all gradients of `function` against F.conv2d in float64 on the same (rounded) numbers."""
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    wide = [t.detach().double().requires_grad_() for t in inputs]
-    actual, expected = function(*leaves), exact(*wide)
-    assert actual.dtype == inputs[0].dtype
-    assert difference(actual, expected) < tolerance
-    cotangent = torch.randn_like(expected).to(actual.dtype)
-    grads = torch.autograd.grad(actual, leaves, cotangent)
-    for leaf, got, want in zip(leaves, grads, torch.autograd.grad(expected, wide, cotangent.double())):
-        assert got.dtype == leaf.dtype and got.shape == leaf.shape
-        assert difference(got, want) < 2 * tolerance  # a weight's gradient is a sum of terms that cancel
-
-
 @pytest.mark.parametrize('backend', [None, *CPU_BACKENDS])
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_output_and_gradients(case, backend):
-    compare(tensors(*case), lambda *inputs: depthwise_conv2d(*inputs, backend=backend), TOLERANCE[torch.float32])
+    compare(tensors(*case), partial(depthwise_conv2d, backend=backend), depthwise, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
@@ -72,7 +54,7 @@ def test_dtypes_and_layouts(dtype, layout, bias):
     for case in ((2, 3, 9, 12, 7, 5), (2, 4, 14, 14, 27, 27), (1, 20, 7, 13, 13, 13), (1, 3, 40, 40, 15, 15)):
         inputs = tensors(*case, dtype=dtype, bias=bias)
         inputs[0] = LAYOUTS[layout](inputs[0])
-        compare(inputs, depthwise_conv2d, TOLERANCE[dtype])
+        compare(inputs, depthwise_conv2d, depthwise, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -82,13 +64,13 @@ def test_half_precision_is_as_good_as_native(dtype):
     def errors(function):
         leaves = [t.detach().requires_grad_() for t in inputs]
         wide = [t.detach().double().requires_grad_() for t in inputs]
-        out, expected = function(*leaves), exact(*wide)
+        out, expected = function(*leaves), depthwise(*wide)
         cotangent = torch.ones_like(expected)
         pairs = zip((out, *torch.autograd.grad(out, leaves, cotangent.to(dtype))),
                     (expected, *torch.autograd.grad(expected, wide, cotangent)))
         return list(itertools.starmap(difference, pairs))
 
-    for ours, native in zip(errors(depthwise_conv2d), errors(exact)):
+    for ours, native in zip(errors(depthwise_conv2d), errors(depthwise)):
         assert ours <= 1.5 * native + torch.finfo(dtype).eps / 4
 
 
@@ -160,7 +142,7 @@ def test_autocast(dtype):
     with torch.autocast('cpu', dtype=dtype):
         y = depthwise_conv2d(*inputs)
     assert y.dtype == dtype
-    assert difference(y, exact(*inputs)) < TOLERANCE[dtype]
+    assert difference(y, depthwise(*inputs)) < TOLERANCE[dtype]
     y.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in inputs)
 
@@ -171,7 +153,7 @@ def test_another_default_device(backend):
     inputs = tensors(2, 4, 24, 20, 17, 15)
     with torch.device('meta'):
         y = depthwise_conv2d(*inputs, backend=backend)
-    assert difference(y, exact(*(t.double() for t in inputs))) < TOLERANCE[torch.float32]
+    assert difference(y, depthwise(*(t.double() for t in inputs))) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize('chosen,kw', [('native', 5), ('channels_last', 15), ('fft', 15)])
@@ -184,19 +166,19 @@ def test_torch_func(chosen, kw, fastest):
     for dims, args in (((0, None, None), (many, weight, bias)), ((None, 0, None), (x, kernels, bias)),
                        ((0, 0, 0), (many, kernels, biases)), ((1, None, 0), (many.movedim(0, 1), weight, biases))):
         actual = torch.vmap(depthwise_conv2d, in_dims=dims)(*args)
-        expected = torch.vmap(exact, in_dims=dims)(*args)
+        expected = torch.vmap(depthwise, in_dims=dims)(*args)
         assert difference(actual, expected) < 1e-12
 
     def loss(function):
         return lambda w, image: function(image[None], w).square().sum()
 
     per_image = [
-        torch.vmap(torch.func.grad(loss(f)), in_dims=(None, 0))(weight, x) for f in (depthwise_conv2d, exact)]
+        torch.vmap(torch.func.grad(loss(f)), in_dims=(None, 0))(weight, x) for f in (depthwise_conv2d, depthwise)]
     assert difference(*per_image) < 1e-12
     hessian = [
-        torch.func.jacrev(torch.func.grad(loss(f)))(weight[:, :, :3], x[0]) for f in (depthwise_conv2d, exact)]
+        torch.func.jacrev(torch.func.grad(loss(f)))(weight[:, :, :3], x[0]) for f in (depthwise_conv2d, depthwise)]
     assert difference(*hessian) < 1e-12
-    tangents = [torch.func.jvp(f, (x, weight), (x, weight))[1] for f in (depthwise_conv2d, exact)]
+    tangents = [torch.func.jvp(f, (x, weight), (x, weight))[1] for f in (depthwise_conv2d, depthwise)]
     assert difference(*tangents) < 1e-12
 
 
@@ -206,13 +188,14 @@ def test_batched_gradients(kw):
     inputs = [t.requires_grad_() for t in tensors(2, 1, 2, 3, 1, kw, dtype=torch.float64)]
     jacobians = [
         torch.autograd.functional.jacobian(f, tuple(inputs), vectorize=True, create_graph=True)
-        for f in (depthwise_conv2d, exact)]
+        for f in (depthwise_conv2d, depthwise)]
     hessians = [
         torch.autograd.functional.hessian(lambda w, f=f: f(inputs[0], w).pow(3).sum(), inputs[1], vectorize=True)
-        for f in (depthwise_conv2d, exact)]
+        for f in (depthwise_conv2d, depthwise)]
     cotangents = torch.randn(3, 2, 1, 2, 3, dtype=torch.float64)
     grads = [
-        torch.autograd.grad(f(*inputs), inputs, cotangents, is_grads_batched=True) for f in (depthwise_conv2d, exact)]
+        torch.autograd.grad(f(*inputs), inputs, cotangents, is_grads_batched=True)
+        for f in (depthwise_conv2d, depthwise)]
     for got, want in [*zip(*jacobians), hessians, *zip(*grads)]:
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -351,7 +334,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch, fastest, caplog):
     with pytest.raises(ValueError, match="backend 'fft' was requested and cannot run: it rains"), use_backend('fft'):
         depthwise_conv2d(x, weight)
     with caplog.at_level(logging.DEBUG, logger='timm_smpconv.ops.dispatch.choose'):
-        assert difference(depthwise_conv2d(x, weight), exact(x, weight)) < 1e-5
+        assert difference(depthwise_conv2d(x, weight), depthwise(x, weight)) < 1e-5
     assert 'backend channels_last is skipped: it rains' in caplog.text
 
 
@@ -386,7 +369,7 @@ def test_fake_tensors(chosen, dtype, k, layout, fastest):
     x, *others = tensors(2, 8, 20, 20, k, k, dtype=dtype)
     inputs = LAYOUTS[layout](x), *others
     graph = make_fx(lambda *args: depthwise_conv2d(*args), tracing_mode='fake')(*inputs)
-    assert difference(graph(*inputs), exact(*inputs)) < TOLERANCE[dtype]
+    assert difference(graph(*inputs), depthwise(*inputs)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize('chosen', CPU_BACKENDS)
@@ -396,7 +379,7 @@ def test_flops_are_those_of_the_direct_convolution(chosen, recorded, fastest):
     fastest(chosen)
     x, weight, bias = (t.requires_grad_(recorded) for t in tensors(2, 4, 20, 18, 15, 9))
     counts = []
-    for function in (exact, depthwise_conv2d):
+    for function in (depthwise, depthwise_conv2d):
         with FlopCounterMode(display=False) as counter:
             y = function(x, weight, bias)
         counts.append(counter.get_total_flops())
@@ -427,5 +410,5 @@ def test_compiled_for_dynamic_sizes():
         lambda x: depthwise_conv2d(x, weight).relu(), backend=counter, dynamic=True, fullgraph=True)
     for batch, size in ((2, 20), (3, 22), (4, 56), (16, 14)):
         x = torch.randn(batch, 8, size, size)
-        assert difference(compiled(x), exact(x.double(), weight.double()).relu()) < TOLERANCE[torch.float32]
+        assert difference(compiled(x), depthwise(x.double(), weight.double()).relu()) < TOLERANCE[torch.float32]
     assert counter.frame_count == 1

@@ -4,8 +4,7 @@ Results at real sizes are in test_depthwise_triton.py.
 """
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import TOLERANCE, difference
+from conftest import TOLERANCE, difference, exact_results, with_gradients
 
 from timm_smpconv import depthwise_conv2d
 from timm_smpconv.ops import use_backend
@@ -19,17 +18,6 @@ def tensors():
     return x, torch.randn(32, 1, 29, 29, device='cuda').div(29).to(DTYPE), cotangent
 
 
-def results(x, weight, cotangent, convolve=depthwise_conv2d):
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = convolve(x, weight)
-    return (y.detach(), *torch.autograd.grad(y, (x, weight), cotangent))
-
-
-def exact(*inputs):
-    return results(
-        *[t.double().cpu() for t in inputs], convolve=lambda x, w: F.conv2d(x, w, padding=14, groups=w.shape[0]))
-
-
 def close(actual, expected):
     return all(difference(a.cpu(), e) < TOLERANCE[DTYPE] for a, e in zip(actual, expected))
 
@@ -39,16 +27,16 @@ def test_a_graph_replays_with_new_inputs():
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with use_backend('triton'), torch.cuda.stream(side):
-        results(*inputs)  # compiles the programs
+        with_gradients(depthwise_conv2d, *inputs)  # compiles the programs
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with use_backend('triton'), torch.cuda.graph(graph):
-        outputs = results(*inputs)
+        outputs = with_gradients(depthwise_conv2d, *inputs)
     for _ in range(2):
         for held, new in zip(inputs, tensors()):
             held.copy_(new)
         graph.replay()
-        assert close(outputs, exact(*inputs))
+        assert close(outputs, exact_results(*inputs))
 
 
 def test_a_side_stream_is_kept():
@@ -57,22 +45,22 @@ def test_a_side_stream_is_kept():
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with use_backend('triton'), torch.cuda.stream(side):
-        results(*inputs)
+        with_gradients(depthwise_conv2d, *inputs)
         torch.cuda._sleep(100_000_000)
         for held, new in zip(late, inputs):
             held.copy_(new)
-        outputs = results(*late)
+        outputs = with_gradients(depthwise_conv2d, *late)
     torch.cuda.current_stream().wait_stream(side)
-    assert close(outputs, exact(*inputs))
+    assert close(outputs, exact_results(*inputs))
 
 
 def test_nothing_waits_for_the_gpu():
     inputs = tensors()
     with use_backend('triton'):
-        results(*inputs)
+        with_gradients(depthwise_conv2d, *inputs)
         torch.cuda.set_sync_debug_mode('error')
         try:
-            results(*inputs)
+            with_gradients(depthwise_conv2d, *inputs)
         finally:
             torch.cuda.set_sync_debug_mode('default')
 
@@ -91,15 +79,15 @@ def test_out_of_memory_leaves_the_process_usable():
         torch.cuda.set_per_process_memory_fraction(1.)
     del x, weight
     with use_backend('triton'):
-        assert close(results(*inputs), exact(*inputs))
+        assert close(with_gradients(depthwise_conv2d, *inputs), exact_results(*inputs))
 
 
 def test_memory_is_given_back():
     inputs = tensors()
     with use_backend('triton'):
-        results(*inputs)
+        with_gradients(depthwise_conv2d, *inputs)
         before = torch.cuda.memory_allocated()
-        results(*inputs)
+        with_gradients(depthwise_conv2d, *inputs)
     assert torch.cuda.memory_allocated() == before
 
 

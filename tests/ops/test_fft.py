@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LAYOUTS, TOLERANCE, difference
+from conftest import LAYOUTS, TOLERANCE, difference, exact_results
 
 from timm_smpconv.ops.backends import fft
 
@@ -25,13 +25,6 @@ def tensors(b, c, h, w, kh, kw, dtype=torch.float32):
     return [t.to(dtype) for t in (torch.randn(b, c, h, w), torch.randn(b, c, h, w), weight)]
 
 
-def exact_gradients(grad, x, weight):
-    """Those of F.conv2d in float64."""
-    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
-    y = F.conv2d(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
-    return torch.autograd.grad(y, (x, weight), grad.double())
-
-
 @pytest.mark.parametrize('case', CASES, ids=str)
 @pytest.mark.parametrize('layouts', [*itertools.product(('contiguous', 'channels_last'), ('contiguous', 'strided'))])
 def test_joint_gradients(case, layouts):
@@ -39,7 +32,7 @@ def test_joint_gradients(case, layouts):
     grad, x = LAYOUTS[layouts[0]](grad), LAYOUTS[layouts[1]](x)
     before = [t.clone() for t in (grad, x, weight)]
     dx, dw = fft.gradients(grad, x, weight)
-    exact_dx, exact_dw = exact_gradients(grad, x, weight)
+    _, exact_dx, exact_dw = exact_results(x, weight, grad)
     assert difference(dx, exact_dx) < 2 * EPS
     assert difference(dw, exact_dw) < 2 * EPS
     assert difference(dx, fft.conv(grad, weight.flip(2, 3))) < EPS
@@ -53,7 +46,7 @@ def test_joint_gradients_by_dtype(dtype):
     grad, x, weight = tensors(3, 4, 12, 17, 9, 13, dtype=dtype)
     dx, dw = fft.gradients(grad, x, weight)
     assert dx.dtype == dtype and dw.dtype == torch.promote_types(dtype, torch.float32)
-    exact_dx, exact_dw = exact_gradients(grad, x, weight)
+    _, exact_dx, exact_dw = exact_results(x, weight, grad)
     assert difference(dx, exact_dx) < TOLERANCE[dtype]
     assert difference(dw, exact_dw) < 2 * TOLERANCE[dw.dtype]
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOLERANCE, difference
+from conftest import TOLERANCE, compare, depthwise, difference
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_smpconv import depthwise_conv2d
@@ -41,25 +41,18 @@ def tensors(b=2, h=14, dtype=torch.float32):
     return [t.to(dtype) for t in (torch.randn(b, 4, h, 11), torch.randn(4, 1, 9, 13) / 10, torch.randn(4))]
 
 
-def compare(inputs, function=depthwise_conv2d):
-    """Output and all gradients against F.conv2d in float64."""
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    wide = [t.detach().double().requires_grad_() for t in inputs]
-    y, expected = function(*leaves), F.conv2d(*wide, padding=(4, 6), groups=4)
-    cotangent = torch.randn_like(y)
-    grads = torch.autograd.grad(y, leaves, cotangent)
-    for actual, wanted in zip((y, *grads), (expected, *torch.autograd.grad(expected, wide, cotangent.double()))):
-        assert actual.dtype == inputs[0].dtype and difference(actual, wanted) < 2 * TOLERANCE[y.dtype]
+def check(inputs, function=depthwise_conv2d):
+    compare(inputs, function, depthwise, TOLERANCE[inputs[0].dtype])
 
 
 @pytest.mark.parametrize('winner', ['native', 'contiguous', 'channels_last', 'fft'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_the_fastest_computes_and_is_right(winner, dtype, times, calls):
     times.of[winner] = 0.5
-    compare(tensors(dtype=dtype))
+    check(tensors(dtype=dtype))
     assert len(times.timed) == 3  # passes
     calls.clear()
-    compare(tensors(dtype=dtype))
+    check(tensors(dtype=dtype))
     with torch.no_grad():
         depthwise_conv2d(*tensors(dtype=dtype))
     assert {name for name, _ in calls} <= {winner} and len(times.timed) == 3
@@ -92,7 +85,7 @@ def failing(function):
 def test_a_backend_that_is_wrong_or_fails_does_not_win(what, part, fault, times, monkeypatch):
     monkeypatch.setitem(BACKENDS, 'fft', BACKENDS['fft']._replace(**{part: fault(getattr(BACKENDS['fft'], part))}))
     for _ in range(2):
-        compare(tensors())
+        check(tensors())
     assert {g.what: name for g, (name, _) in race._kept._fastest.items()} == {
         pass_: 'channels_last' if pass_ == what else 'fft' for pass_ in PASSES}
 
@@ -119,14 +112,14 @@ def test_nothing_is_timed_during_capture(times, calls, monkeypatch):
 
 
 def test_nothing_is_timed_where_a_backend_is_requested_or_values_are_fake(times):
-    compare(tensors(), lambda *inputs: depthwise_conv2d(*inputs, backend='channels_last'))
+    check(tensors(), lambda *inputs: depthwise_conv2d(*inputs, backend='channels_last'))
     with use_backend('native'):
-        compare(tensors())
+        check(tensors())
     with FakeTensorMode() as mode, torch.no_grad():
         assert depthwise_conv2d(*(mode.from_tensor(t) for t in tensors())).shape == (2, 4, 14, 11)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False):
-        compare(tensors())
-    compare(tensors(), lambda *inputs: torch.jit.trace(depthwise_conv2d, inputs, check_trace=False)(*inputs))
+        check(tensors())
+    check(tensors(), lambda *inputs: torch.jit.trace(depthwise_conv2d, inputs, check_trace=False)(*inputs))
     assert not times.timed
 
 
@@ -140,7 +133,7 @@ def test_compiled_code_times_when_it_runs(times):
 
     compiled = torch.compile(depthwise_conv2d, fullgraph=True, backend=backend)
     for _ in range(2):
-        compare(tensors(), compiled)
+        check(tensors(), compiled)
     torch._dynamo.reset()
     assert traced == [0] and len(times.timed) == 3
 
