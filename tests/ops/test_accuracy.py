@@ -62,7 +62,7 @@ def test_rounding_errors_are_at_most_four_times_those_of_native(h, k):
     assert (tap_errors <= 1e-5 * reached).all()
 
 
-def test_far_from_a_large_pixel_the_chosen_backend_is_exact_results(fastest):
+def test_far_from_a_large_pixel_the_chosen_backend_is_exact(fastest):
     fastest('fft')
     x, weight, cotangent = torch.randn(1, 2, 40, 40), torch.randn(2, 1, 7, 7) / 7, torch.randn(1, 2, 40, 40)
     x[:, 0, 2, 2] = 1e6

@@ -34,7 +34,7 @@ __all__ = ['Options', 'check', 'deploy']
 
 KEPT = 200e6  # bytes of inputs and outputs that stay for `--check`: 1,000 images of 224×224
 ROUNDS, SECONDS = 15, 60  # of timing
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 Runs = Dict[int, Run]  # by the size of the batch
 
