@@ -285,9 +285,9 @@ def test_a_library_that_does_not_load_is_a_row(tmp_path, monkeypatch):
 def test_what_cannot_run_is_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(of_engines, 'find_spec', lambda name: None)
     monkeypatch.setattr(cpu, 'HERE', cpu.CPU('AVX2', frozenset([torch.float32])))
-    monkeypatch.setattr(torch._inductor.config.cpp, 'cxx', (None, 'no-compiler'))
     precisions = ['--precisions', 'float32', 'bfloat16']
-    assert few(tmp_path, *precisions, engines=['torch', 'onnxruntime', 'ncnn']) == 0
+    with torch._inductor.config.patch({'cpp.cxx': (None, 'no-compiler')}):  # which monkeypatch cannot undo
+        assert few(tmp_path, *precisions, engines=['torch', 'onnxruntime', 'ncnn']) == 0
     found = {key: row['why'] for key, row in rows(tmp_path).items()}
     assert found['torch', 'float32'] == '' and found['torch', 'bfloat16'] == 'this CPU has no bfloat16'
     assert found['torch-prepacked', 'float32'] == 'no convolution of this package'
